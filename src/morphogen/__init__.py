@@ -1,0 +1,32 @@
+"""morphogen: train PyTorch networks that change while they train."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from morphogen.governor import Governor as Governor, GovernorConfig as GovernorConfig
+    from morphogen.growth import GrowableModel as GrowableModel, Stage as Stage
+    from morphogen.state import Snapshot as Snapshot, TrainingState as TrainingState
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Governor": "morphogen.governor",
+    "GovernorConfig": "morphogen.governor",
+    "GrowableModel": "morphogen.growth",
+    "Stage": "morphogen.growth",
+    "Snapshot": "morphogen.state",
+    "TrainingState": "morphogen.state",
+}
+"""Public name -> its package, imported when first asked for: `import morphogen` alone does not import torch."""
+
+__all__ = [*_HOMES, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name from its package when it is first used."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'morphogen' has no attribute {name!r}. Public names: {', '.join(_HOMES)}.")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,70 @@
+"""Actions: what a policy may do with one slot in one decision. Frozen records; executing one changes a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+from morphogen.growth import GrowableModel, Sowing
+from morphogen.growth.gates import GateResult
+
+
+class Op(enum.IntEnum):
+    """The kinds of action. The numbers are part of trained policies: never renumber."""
+
+    WAIT = 0
+    GERMINATE = 1
+    ADVANCE = 2
+    SET_ALPHA_TARGET = 3
+    PRUNE = 4
+    FOSSILIZE = 5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Action:
+    """One decision.
+
+    Attributes:
+        op: What to do.
+        slot: Where; None for WAIT alone.
+        sowing: What to germinate; for GERMINATE alone.
+        alpha_target: For SET_ALPHA_TARGET, in (0, 1].
+        over: Ticks of the ramp of SET_ALPHA_TARGET or PRUNE.
+        reason: Why, in a few words, for the log.
+    """
+
+    op: Op = Op.WAIT
+    slot: str | None = None
+    sowing: Sowing | None = None
+    alpha_target: float = 1.0
+    over: int = 0
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        """Check that what the op needs is there, and nothing that would be ignored."""
+        if (self.op is Op.WAIT) != (self.slot is None):
+            raise ValueError(f"`slot` must be given for every op but WAIT, got {self.slot!r} for {self.op.name}. Mend the policy.")
+        if (self.op is Op.GERMINATE) != (self.sowing is not None):
+            raise ValueError(f"`sowing` must be given for GERMINATE alone, got {self.sowing} for {self.op.name}. Mend the policy.")
+
+
+def execute(model: GrowableModel, action: Action) -> GateResult | None:
+    """Carry out ``action``; an action the masks allow always succeeds. Returns the gate's result where there is a gate.
+
+    Raises:
+        SlotError: The action was masked; the model is as it was.
+    """
+    if action.slot is None:
+        return None
+    if action.op is Op.GERMINATE:
+        assert action.sowing is not None
+        model.germinate(action.slot, action.sowing)
+    elif action.op is Op.ADVANCE:
+        return model.advance(action.slot)
+    elif action.op is Op.SET_ALPHA_TARGET:
+        model.set_alpha_target(action.slot, action.alpha_target, over=action.over)
+    elif action.op is Op.PRUNE:
+        model.prune(action.slot, over=action.over, reason=action.reason or "pruned by the policy")
+    elif action.op is Op.FOSSILIZE:
+        return model.fossilize(action.slot)
+    return None

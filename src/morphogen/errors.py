@@ -1,0 +1,40 @@
+"""The kinds of failure a caller may want to catch.
+
+Misuse raises ``ValueError`` or ``TypeError``; what is listed here can happen to a correct program. Every message says what
+was found, what was expected and what to do.
+"""
+
+from __future__ import annotations
+
+
+class MorphogenError(Exception):
+    """Base of every morphogen error that a correct program may meet."""
+
+
+class StateMismatch(MorphogenError, ValueError):
+    """The parts of a training run do not fit each other, or do not fit a snapshot.
+
+    Attributes:
+        problems: One line for each disagreement found, each naming the parameter, group or part.
+    """
+
+    def __init__(self, headline: str, problems: tuple[str, ...] = ()) -> None:
+        """Join ``headline`` and ``problems`` into one message, the problems one to a line."""
+        self.problems = problems
+        super().__init__("\n  ".join((headline, *problems)))
+
+
+class CheckpointError(MorphogenError):
+    """A checkpoint could not be written, read or trusted; the message starts with the file's path."""
+
+
+class SlotError(MorphogenError, ValueError):
+    """An operation does not apply to this slot now; the model is as it was before the call."""
+
+
+class TrainingCollapsed(MorphogenError):
+    """The governor's last resort failed: the fault came back after every rewind it may make."""
+
+
+class DataUnavailable(MorphogenError):
+    """A data set is not on this machine; the message says where it was looked for and how to get it."""

@@ -1,0 +1,33 @@
+"""Conv1d: a convolution along the sequence, then a map over channels."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from morphogen.growth.blueprints.layers import input_norm, pointwise, zeroed
+from morphogen.growth.blueprints.registry import blueprint
+from morphogen.growth.layouts import Layout
+
+
+@blueprint("conv1d", layouts=("NCL",))
+class Conv1d(nn.Module):
+    """s(h) = W gelu(conv(normalise(h))) + b, odd kernel size 5 and hidden size C unless told, W = b = 0 at birth."""
+
+    def __init__(self, width: int, layout: Layout, kernel_size: int = 5, expansion: int = 1) -> None:
+        """Build norm, convolution, nonlinearity and zero layer; ValueError if the kernel size is even."""
+        super().__init__()
+        if kernel_size % 2 == 0:
+            raise ValueError(f"`kernel_size` must be odd, got {kernel_size}. An even kernel changes the length.")
+        self.norm = input_norm(layout, width)
+        self.inner = nn.Conv1d(width, expansion * width, kernel_size, padding=kernel_size // 2)
+        self.activation = nn.GELU()
+        self.outer = zeroed(pointwise(layout, expansion * width, width))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Return s(h)."""
+        return self.outer(self.activation(self.inner(self.norm(h))))
+
+    @staticmethod
+    def parameter_count(width: int, layout: Layout, kernel_size: int = 5, expansion: int = 1) -> int:
+        """Return (k + 1) e C^2 + (e + 3) C."""
+        return (kernel_size + 1) * expansion * width**2 + (expansion + 3) * width

@@ -1,0 +1,39 @@
+"""Small layers that blueprints share, for every layout."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import nn
+
+from morphogen.growth.layouts import Layout
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def zeroed(module: _Module) -> _Module:
+    """Return ``module`` with weight and bias zero: for the last layer of a blueprint, so that s = 0 at birth."""
+    for parameter in module.parameters(recurse=False):
+        nn.init.zeros_(parameter)
+    return module
+
+
+def pointwise(layout: Layout, channels_in: int, channels_out: int, bias: bool = True) -> nn.Module:
+    """Return the linear map over channels at each position: Linear, or a convolution of kernel size 1."""
+    if layout in ("NC", "NLC"):
+        return nn.Linear(channels_in, channels_out, bias=bias)
+    convolution = nn.Conv1d if layout == "NCL" else nn.Conv2d
+    return convolution(channels_in, channels_out, 1, bias=bias)
+
+
+def input_norm(layout: Layout, width: int) -> nn.Module:
+    """Return a normalisation without batch statistics: LayerNorm over channels, or GroupNorm where space follows."""
+    if layout in ("NC", "NLC"):
+        return nn.LayerNorm(width)
+    return nn.GroupNorm(num_groups(width), width)
+
+
+def num_groups(width: int, min_channels: int = 4) -> int:
+    """Return the largest number of groups <= 32 that divides ``width`` with at least ``min_channels`` channels each."""
+    fitting = [groups for groups in range(1, 33) if width % groups == 0 and width // groups >= min_channels]
+    return max(fitting, default=1)

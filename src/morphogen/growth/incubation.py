@@ -1,0 +1,51 @@
+"""Incubation: the seed learns while the host's output and gradients stay bit-identical to a run without it.
+
+Legend: h is the host's feature, r the seed's residual, g the gradient of the loss at the host's output h.
+
+Straight-through: the seed is fed h detached, and the output is h + (-0.0), which is h bit for bit, signed zeros included and
+whatever r holds; on the way back g passes to the host untouched. The seed is given not g alone, along which r would grow
+without end since it never feels its own effect, but the gradient of
+
+    <g, r> + |g| / (2 * ratio * |h|) * |r|^2
+
+whose minimum lies at r = -ratio * |h| * g / |g|: against the gradient, ``ratio`` times as long as the feature.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def straight_through(h: Tensor, r: Tensor, ratio: float) -> Tensor:
+    """Return ``h``, bit for bit, as a tensor whose gradient also trains what made ``r``.
+
+    Args:
+        h: Feature of the host.
+        r: Residual of the seed, computed from ``h.detach()``; same shape and dtype as ``h``.
+        ratio: Size |r| / |h| at which the residual settles, > 0.
+    """
+    silent: Any = _Silent.apply(r, h.detach(), ratio)
+    return h + silent
+
+
+class _Silent(torch.autograd.Function):
+    """Forward: minus zero everywhere (x + -0.0 == x for every x, bit for bit). Backward: see the head of the file."""
+
+    @staticmethod
+    def forward(ctx: Any, r: Tensor, h: Tensor, ratio: float) -> Tensor:
+        """Keep ``r`` and the size of ``h`` for the way back."""
+        ctx.ratio = ratio
+        ctx.save_for_backward(r, torch.linalg.vector_norm(h, dtype=torch.float32))
+        return torch.full((), -0.0, dtype=r.dtype, device=r.device).expand_as(r)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return g + |g| / (ratio * |h|) * r."""
+        r, size = ctx.saved_tensors
+        pull = torch.linalg.vector_norm(grad, dtype=torch.float32) / (ctx.ratio * size).clamp_min(1e-12)
+        return grad + pull.to(grad.dtype) * r, None, None

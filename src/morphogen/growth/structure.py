@@ -1,0 +1,82 @@
+"""How a structure is put in place, and who is told."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, cast, final
+
+from torch import Tensor
+
+from morphogen.growth.gates import SlotSensors
+from morphogen.growth.lifecycle import SlotState
+from morphogen.growth.operators import Seed
+from morphogen.state.inventory import module_tensors
+
+if TYPE_CHECKING:
+    from morphogen.growth.model import GrowableModel
+
+
+@final
+class PlannedStructure:
+    """A checked structure; see :meth:`GrowableModel.plan_topology`."""
+
+    def __init__(
+        self, model: GrowableModel, clock: int, slots: Mapping[str, tuple[SlotState, SlotSensors, Seed | None]]
+    ) -> None:
+        """Keep what is to be put in place."""
+        self._model = model
+        self._clock = clock
+        self._slots = slots
+
+    def named_tensors(self) -> Mapping[str, Tensor]:
+        """Return every parameter and buffer the model will have, in the model's own order."""
+        before = self._swap()
+        try:
+            return module_tensors(self._model).tensors
+        finally:
+            for name, (state, seed) in before.items():
+                self._model.slot(name).put(state, seed)
+
+    def commit(self) -> None:
+        """Put states, sensors and seeds in place and tell the followers."""
+        self._swap()
+        for name, (_, sensors, _) in self._slots.items():
+            self._model.slot(name).sensors = sensors
+        self._model.clock = self._clock
+        self._model.followers.call()
+
+    def _swap(self) -> dict[str, tuple[SlotState, Seed | None]]:
+        before = {name: (self._model.slot(name).state, self._model.slot(name).seed) for name in self._slots}
+        for name, (state, _, seed) in self._slots.items():
+            self._model.slot(name).put(state, seed)
+        return before
+
+
+@final
+class Followers:
+    """Callbacks, bound methods held weakly; a deep copy has none, as the copy belongs to another run."""
+
+    def __init__(self) -> None:
+        """Start without any."""
+        self._callbacks: list[Callable[[], Callable[[], None] | None]] = []
+
+    def add(self, callback: Callable[[], None]) -> None:
+        """Call ``callback`` from now on."""
+        if hasattr(callback, "__self__"):
+            self._callbacks.append(weakref.WeakMethod(cast("Any", callback)))
+        else:
+            self._callbacks.append(lambda: callback)
+
+    def call(self) -> None:
+        """Call every callback that is still alive, in the order they were added."""
+        for reference in self._callbacks:
+            callback = reference()
+            if callback is not None:
+                callback()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Followers:
+        return Followers()
+
+    def __reduce__(self) -> tuple[type[Followers], tuple[()]]:
+        return (Followers, ())

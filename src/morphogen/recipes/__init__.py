@@ -1,0 +1,1 @@
+"""Recipes: whole jobs, each readable from top to bottom."""

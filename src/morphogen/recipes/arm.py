@@ -1,0 +1,295 @@
+"""One arm: a network trained from start to end under the governor, with a policy deciding about its slots.
+
+    for each tick:   train ``tick_steps`` steps, each judged by the governor before it is taken
+                     sense gradients, tick the clock, measure the decision split and every acting slot's contribution
+                     let the policy act
+    at the end:      measure the test split, once
+
+Everything that evolves is in the ``TrainingState`` (rewound by the governor) or in ``ArmProgress`` (never rewound: counts,
+and which faults were injected). The batches of a step are a function of (seed, step, rollbacks so far): nothing to save,
+and after a rewind the data comes in another order, so that a bad window is not replayed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Hashable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from morphogen import control, tasks
+from morphogen.control import Op, Policy
+from morphogen.governor import Governor
+from morphogen.governor.faults import KINDS, Fault, damage, poisoned
+from morphogen.growth import ContributionResult, Stage, measure_contributions
+from morphogen.recipes.config import Arm, GrowConfig
+from morphogen.recipes.events import ArmFinished, ArmStarted, Decided, FaultInjected, TickMeasured
+from morphogen.recipes.flops import FlopMeter
+from morphogen.recipes.results import ArmResult
+from morphogen.state import TrainingState
+from morphogen.tasks import BuiltTask, Split
+from morphogen.telemetry.events import Emit, Event
+
+_EVALUATION_BATCH = 1000
+
+
+@dataclasses.dataclass
+class Cursor:
+    """How far training has come; part of the run, so a rewind takes it back."""
+
+    step: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the step."""
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Set the step."""
+        self.step = state["step"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ArmProgress:
+    """What is not rewound.
+
+    Attributes:
+        wall_seconds: Training time so far, over all sittings.
+        flops: Floating-point operations so far.
+        injected: Faults that were injected.
+    """
+
+    wall_seconds: float = 0.0
+    flops: int = 0
+    injected: tuple[str, ...] = ()
+
+
+class ArmRun:
+    """One arm of one repeat, from its first step or from a checkpoint.
+
+    Args:
+        config: The job.
+        arm: Which of the three networks.
+        repeat: Number of the repeat.
+        emit: Receives every event of model, governor and run.
+    """
+
+    def __init__(self, config: GrowConfig, arm: Arm, repeat: int, emit: Emit) -> None:
+        """Build everything under the repeat's seed."""
+        self.config, self.arm, self.repeat = config, arm, repeat
+        self._emit = emit
+        self.task = tasks.get(config.task)
+        self.built: BuiltTask = self.task.build(
+            config.device, seed=config.seed + repeat, full_size=arm == "reference", config=config.growth, emit=emit
+        )
+        self.model = self.built.model
+        self.total_steps = config.total_steps or self.task.total_steps
+        self.cursor = Cursor()
+        self._policy_stream = self.built.streams.numpy("policy")
+        self._scheduler = CosineAnnealingLR(self.built.optimizer, self.total_steps)
+        self.state = TrainingState(
+            self.model,
+            self.built.optimizer,
+            self._scheduler,
+            extras={"cursor": self.cursor, "policy": self._policy_stream},
+            newborn_options=self._newborn_options,
+            emit=emit,
+        )
+        self.governor = Governor(self.state, config.governor, emit=emit)
+        self._policy: Policy = control.make(config.policy if arm == "grown" else "wait", self.task.blueprints)
+        self._faults = [Fault.parse(text) for text in config.inject] if arm == "grown" else []
+        self._flops = FlopMeter()
+        self.progress = ArmProgress()
+        self._last_loss = float("nan")
+
+    @property
+    def done(self) -> bool:
+        """Whether every step was taken."""
+        return self.cursor.step >= self.total_steps
+
+    @property
+    def tick(self) -> int:
+        """Decisions so far."""
+        return -(-self.cursor.step // self.task.tick_steps)
+
+    def start(self) -> None:
+        """Announce the run; call once, before the first tick of a run that is not resumed."""
+        slots = tuple(self.model.stages())
+        parameters = self.model.num_parameters()
+        self._emit(ArmStarted(parameters=parameters, slots=slots, total_steps=self.total_steps))
+
+    def run_tick(self) -> None:
+        """Train up to the next decision, measure, and let the policy act."""
+        started = time.perf_counter()
+        self.model.train()
+        self._train_to_next_tick()
+        self.model.sense()
+        self.model.tick()
+        measured = self._measure()
+        self._report(measured.metric)
+        if not self.done:
+            self._decide(measured.metric)
+        seconds = self.progress.wall_seconds + time.perf_counter() - started
+        self.progress = dataclasses.replace(self.progress, wall_seconds=seconds, flops=self._flops.total)
+
+    def finish(self) -> ArmResult:
+        """Measure the test split and return the result."""
+        result = ArmResult(
+            arm=self.arm,
+            repeat=self.repeat,
+            test_metric=self._metric_on(self.built.data.test),
+            decision_metric=self._metric_on(self.built.data.decision),
+            parameters=self.model.num_parameters(),
+            train_flops=self._flops.total,
+            wall_seconds=self.progress.wall_seconds,
+            rollbacks=self.governor.rollbacks,
+            skipped_steps=self.governor.skipped_steps,
+        )
+        named = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
+        self._emit(ArmFinished(**{name: value for name, value in named.items() if name not in ("arm", "repeat")}))
+        return result
+
+    def save(self, directory: Path, log_offset: int) -> None:
+        """Write everything needed to go on bit-identically into ``directory``."""
+        self.governor.save(directory / "governor")
+        progress = {**dataclasses.asdict(self.progress), "injected": list(self.progress.injected)}
+        self.state.save(directory / "run", user_data={"progress": progress, "log_offset": log_offset})
+
+    def load(self, directory: Path) -> int:
+        """Take back what :meth:`save` wrote; returns the length of the event log at that moment, in bytes."""
+        user_data: Any = self.state.load(directory / "run")
+        self.governor.load(directory / "governor")
+        saved = user_data["progress"]
+        self.progress = ArmProgress(**{**saved, "injected": tuple(saved["injected"])})
+        self._flops.total = self.progress.flops
+        return user_data["log_offset"]
+
+    # -- training ---------------------------------------------------------------------------------------------------
+
+    def _train_to_next_tick(self) -> None:
+        """Train up to the next decision; a rewind takes the cursor back, and then the next decision is an earlier one."""
+        target = self._next_tick()
+        while self.cursor.step < target:
+            if self._train_step():
+                self.cursor.step += 1
+            else:
+                target = self._next_tick()
+
+    def _next_tick(self) -> int:
+        return min(self.total_steps, (self.cursor.step // self.task.tick_steps + 1) * self.task.tick_steps)
+
+    def _train_step(self) -> bool:
+        """Take one step; False if the governor rewound the run, and with it the cursor."""
+        inputs, targets = self._batch()
+        inputs = self._injected(inputs)
+        loss = self._flops.run(("train", self._structure()), lambda: self._backward(inputs, targets))
+        verdict = self.governor.observe(loss, step=self.cursor.step)
+        if verdict.proceed:
+            self.built.optimizer.step()
+            self._scheduler.step()
+            self._last_loss = float(loss)
+        return verdict.rollback is None
+
+    def _backward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        self.built.optimizer.zero_grad()
+        loss = self.task.loss(self.model(inputs), targets)
+        loss.backward()  # pyright: ignore[reportUnknownMemberType]
+        return loss.detach()
+
+    def _batch(self) -> tuple[Tensor, Tensor]:
+        """Return the batch of the present step: shuffled anew each epoch, and after each rollback."""
+        train, size = self.built.data.train, self.task.batch_size
+        per_epoch = len(train) // size
+        epoch, place = divmod(self.cursor.step, per_epoch)
+        order = self._order(epoch, self.governor.rollbacks)
+        chosen = order[place * size : (place + 1) * size]
+        return train.inputs[chosen], train.targets[chosen]
+
+    def _order(self, epoch: int, rollbacks: int) -> Tensor:
+        key = (epoch, rollbacks)
+        if getattr(self, "_order_key", None) != key:
+            self._order_key = key
+            order = self.built.streams.numpy("data", epoch, rollbacks).permutation(len(self.built.data.train))
+            self._order_now = torch.from_numpy(order).to(self.built.data.train.inputs.device)
+        return self._order_now
+
+    def _structure(self) -> Hashable:
+        """What the cost of a step depends on: which seeds are computed, and how."""
+        slots = (self.model.slot(name) for name in self.model.stages())
+        return tuple((slot.mix, slot.state.blueprint, slot.state.operator) for slot in slots)
+
+    def _injected(self, inputs: Tensor) -> Tensor:
+        """Put in the faults that are due and were not put in before."""
+        for fault in self._faults:
+            text = f"{fault.kind}@{fault.step}"
+            if fault.step == self.cursor.step and text not in self.progress.injected:
+                injected = (*self.progress.injected, text)
+                self.progress = dataclasses.replace(self.progress, injected=injected)
+                self._emit(FaultInjected(fault=fault.kind, detail=KINDS[fault.kind]))
+                if fault.kind == "nan":
+                    inputs = poisoned(inputs)
+                else:
+                    damage(self.model, self.built.streams.torch("fault", fault.step))
+        return inputs
+
+    # -- measuring and deciding -------------------------------------------------------------------------------------
+
+    def _measure(self) -> ContributionResult:
+        """Measure the decision split; contributions of seeds on trial are noted where gates and policy read them."""
+        on_trial = [name for name, stage in self.model.stages().items() if stage in (Stage.BLENDING, Stage.HOLDING)]
+        batches = _batches(self.built.data.decision)
+        measured = self._flops.run(
+            ("measure", self._structure()),
+            lambda: measure_contributions(self.model, batches, self.task.correct, on_trial),
+            share=len(on_trial) / (len(on_trial) + 1),  # the intact pass only watches
+        )
+        for name, contribution in measured.slots.items():
+            self.model.record_contribution(name, contribution.value, contribution.error)
+        return measured
+
+    def _metric_on(self, split: Split) -> float:
+        return measure_contributions(self.model, _batches(split), self.task.correct, ()).metric
+
+    def _report(self, metric: float) -> None:
+        event: Event = TickMeasured(
+            tick=self.tick,
+            train_loss=self._last_loss,
+            metric=metric,
+            parameters=self.model.num_parameters(),
+            stages=self.model.stages(),
+            alphas=self.model.alphas(),
+            learning_rate=self.state.learning_rates()["host"],
+            governor=self.governor.status,
+        )
+        self._emit(event)
+
+    def _decide(self, metric: float) -> None:
+        views = control.view_slots(self.model)
+        total_ticks = -(-self.total_steps // self.task.tick_steps)
+        observation = control.Observation(tick=self.tick, total_ticks=total_ticks, metric=metric, slots=views)
+        action = self._policy.act(observation, control.action_mask(views), self._policy_stream)
+        if action.op is not Op.WAIT:
+            blueprint = action.sowing.blueprint if action.sowing else None
+            op = action.op.name.lower()
+            self._emit(Decided(tick=self.tick, op=op, slot=action.slot, blueprint=blueprint, reason=action.reason))
+        control.execute(self.model, action)
+
+    def _newborn_options(self, owner: str) -> dict[str, Any]:
+        if owner == "host":
+            return {}
+        newborn = self.config.newborn
+        options: dict[str, Any] = {"lr": self.state.learning_rates()["host"] * newborn.learning_rate_scale}
+        if newborn.weight_decay is not None:
+            options["weight_decay"] = newborn.weight_decay
+        return options
+
+
+def _batches(split: Split) -> Iterator[tuple[Tensor, Tensor]]:
+    for start in range(0, len(split), _EVALUATION_BATCH):
+        end = start + _EVALUATION_BATCH
+        yield split.inputs[start:end], split.targets[start:end]

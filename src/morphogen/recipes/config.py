@@ -1,0 +1,58 @@
+"""Knobs of the grow job."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from morphogen.config import Config
+from morphogen.governor.config import GovernorConfig
+from morphogen.growth.config import GrowthConfig
+
+Arm = Literal["static", "reference", "grown"]
+ARMS: tuple[Arm, ...] = ("static", "reference", "grown")
+
+
+class NewbornConfig(Config):
+    """How the parameters of a newborn seed are optimised.
+
+    Attributes:
+        learning_rate_scale: Learning rate at birth over the host's at that moment; the ratio is kept along the schedule.
+        weight_decay: Weight decay of seeds; None for the host's.
+    """
+
+    learning_rate_scale: float = Field(default=1.0, gt=0)
+    weight_decay: float | None = Field(default=None, ge=0)
+
+
+class GrowConfig(Config):
+    """One grow job: the same task trained three ways, several times, and compared.
+
+    Attributes:
+        task: Name of a task.
+        policy: Name of the policy of the grown arm.
+        seed: Root seed of the first repeat; repeat i uses ``seed + i``.
+        repeats: Runs of each arm. All arms of a repeat share data order and host initialisation.
+        arms: What to train.
+        device: Where to train.
+        total_steps: Training steps of a run; None for the task's.
+        inject: Faults to inject into the grown arm, written ``kind@step``.
+        checkpoint_every_ticks: Decisions between checkpoints.
+        newborn: Optimisation of newborn seeds.
+        growth: Slots and gates.
+        governor: Detection and recovery.
+    """
+
+    task: str = "mnist1d"
+    policy: str = "heuristic"
+    seed: int = Field(default=0, ge=0)
+    repeats: int = Field(default=5, ge=1)
+    arms: tuple[Arm, ...] = Field(default=ARMS, min_length=1)
+    device: str = "cpu"
+    total_steps: int | None = Field(default=None, ge=1)
+    inject: tuple[str, ...] = ()
+    checkpoint_every_ticks: int = Field(default=10, ge=1)
+    newborn: NewbornConfig = NewbornConfig()
+    growth: GrowthConfig = GrowthConfig()
+    governor: GovernorConfig = GovernorConfig()

@@ -1,0 +1,49 @@
+"""What a model that changes its structure offers to the run that owns it. State knows no more of growth than this."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+from torch.nn import Parameter
+
+from morphogen.telemetry.events import Json
+
+
+class TopologyChange(Protocol):
+    """A structure that is built and checked, but not yet in place."""
+
+    def named_tensors(self) -> Mapping[str, Tensor]:
+        """Every parameter and buffer the model will have, by its name after the change."""
+        ...
+
+    def commit(self) -> None:
+        """Put the structure in place; cannot fail."""
+        ...
+
+
+@runtime_checkable
+class DynamicModel(Protocol):
+    """A module whose parts come and go.
+
+    ``topology`` is plain JSON data from which ``plan_topology`` can rebuild the structure in a fresh model. ``owners``
+    says who owns which parameter. Callbacks given to ``on_topology_change`` run inside each operation that changes the
+    structure; if one raises, the operation is undone.
+    """
+
+    def topology(self) -> Json:
+        """The present structure."""
+        ...
+
+    def plan_topology(self, topology: Json) -> TopologyChange:
+        """Build the parts that ``topology`` names; parts that are the same germination are kept as they are."""
+        ...
+
+    def owners(self) -> Mapping[str, list[tuple[str, Parameter]]]:
+        """Owner -> its (name, parameter) pairs; names as in ``named_parameters``."""
+        ...
+
+    def on_topology_change(self, callback: Callable[[], None]) -> None:
+        """Call ``callback`` after each change of structure, held weakly if it is a bound method."""
+        ...

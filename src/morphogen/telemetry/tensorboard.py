@@ -1,0 +1,88 @@
+"""TensorBoard files: the measured scalars of each arm and repeat over one step axis, the optimizer steps.
+
+Source: ``torch.utils.tensorboard``. Importing this module is slow; only recipes do.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TypeAlias, final
+
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue] generated
+from torch.utils.tensorboard.writer import SummaryWriter
+
+from morphogen.telemetry.events import Json
+
+_SCALARS = ("train_loss", "metric", "parameters", "learning_rate")
+_FLUSH_SECONDS = 10
+
+_Lane: TypeAlias = tuple[str, int]
+
+
+@final
+class TensorBoardSink:
+    """Writes the scalars of ``TickMeasured`` records; other kinds pass by.
+
+    Each (arm, repeat) is a TensorBoard run of its own, ``<directory>/<arm>/repeat-<n>``, made when its first record
+    comes. Tags are ``train_loss``, ``metric``, ``parameters``, ``learning_rate`` and ``alpha/<slot>``. Steps that are
+    trained again, after a rollback or in a resumed run, replace the earlier values.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        """Take ``directory`` as the log directory; nothing is written before the first record."""
+        self._directory = Path(directory)
+        self._writers: dict[_Lane, SummaryWriter] = {}
+        self._last_steps: dict[_Lane, int] = {}
+
+    def write(self, record: Mapping[str, Json]) -> None:
+        """Write the scalars of ``record``.
+
+        Raises:
+            ValueError: A measured record does not say its arm, repeat and train_step.
+            OSError: The files cannot be written.
+        """
+        if record.get("event") == "TickMeasured":
+            arm, repeat, step = record.get("arm"), record.get("repeat"), record.get("train_step")
+            if not (isinstance(arm, str) and isinstance(repeat, int) and isinstance(step, int)):
+                raise ValueError(
+                    f"`TickMeasured` must carry arm, repeat and train_step, got {arm!r}, {repeat!r} and {step!r}. "
+                    "Emit it through `EventBus.scoped` with these."
+                )
+            writer = self._writer((arm, repeat), step)
+            for tag, value in _scalars(record):
+                writer.add_scalar(tag, value, step)
+
+    def close(self) -> None:
+        """Flush and close every file."""
+        while self._writers:
+            self._writers.popitem()[1].close()
+
+    def _writer(self, lane: _Lane, step: int) -> SummaryWriter:
+        """The writer of ``lane``; where the run went back, what it wrote from ``step`` on is purged."""
+        if lane not in self._writers:
+            folder = self._directory / lane[0] / f"repeat-{lane[1]}"
+            purge_step = step if any(folder.glob("*.tfevents.*")) else None
+            self._writers[lane] = SummaryWriter(folder, purge_step=purge_step, flush_secs=_FLUSH_SECONDS)
+        elif step <= self._last_steps[lane]:
+            _purge(self._writers[lane], step)
+        self._last_steps[lane] = step
+        return self._writers[lane]
+
+
+def _purge(writer: SummaryWriter, step: int) -> None:
+    """Say in the file what a restarted process says: from ``step`` on, what stands here holds no more."""
+    for file in (writer.all_writers or {}).values():
+        file.add_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
+
+
+def _scalars(record: Mapping[str, Json]) -> Iterator[tuple[str, float]]:
+    """The measured values of ``record`` by tag; what was not measured is left out."""
+    alphas = record.get("alphas")
+    tagged = {name: record.get(name) for name in _SCALARS}
+    if isinstance(alphas, dict):
+        tagged.update({f"alpha/{slot}": alpha for slot, alpha in alphas.items()})
+    for tag, value in tagged.items():
+        if value is not None:
+            yield tag, float(value) if isinstance(value, int | float | str) else float("nan")

@@ -1,0 +1,16 @@
+"""Conformance suites, shipped: for blueprints and hosts of your own. May import all of morphogen; nothing imports it."""
+
+from morphogen.testing.blueprints import (
+    CHECKS as CHECKS,
+    BlueprintCase as BlueprintCase,
+    blueprint_cases as blueprint_cases,
+    check_blueprint as check_blueprint,
+)
+from morphogen.testing.hosts import (
+    LENIENT as LENIENT,
+    HostCase as HostCase,
+    check_host as check_host,
+    host_cases as host_cases,
+    lead_to as lead_to,
+    same_bits as same_bits,
+)

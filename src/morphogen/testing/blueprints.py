@@ -1,0 +1,302 @@
+"""The conformance suite of blueprints: what a seed must do at birth, in its first steps, and after export.
+
+Call :func:`check_blueprint` for a blueprint of your own, or let pytest show each check by itself::
+
+    @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+    @pytest.mark.parametrize("case", blueprint_cases(), ids=str)
+    def test_blueprint(case, check):
+        check(case)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from morphogen.growth import Sowing, Stage, blueprints
+from morphogen.growth.layouts import Layout
+from morphogen.growth.lifecycle import OPERATORS, Operator
+from morphogen.growth.operators import Seed
+from morphogen.state import draw_from
+from morphogen.testing.hosts import HostCase, lead_to, same_bits
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+SIZES = (1, 2, 5, 8)
+COUNTED_WIDTHS = (1, 3, 4, 12, 64)
+STEP = 0.1
+"""Learning rate of the first step, for gradients of length 1 at each sample's residual, averaged over samples."""
+LARGEST_MOVE = 0.5
+"""A first step that moves the feature by more than this share of its size is a cliff."""
+SMALLEST_MOVE = 1e-6
+LEARNING_STEPS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class BlueprintCase:
+    """One blueprint under one operator in one layout.
+
+    Attributes:
+        blueprint: Name in the registry.
+        operator: "add", "scale" or "gate".
+        layout: One of the blueprint's layouts.
+        width: Channels of the feature.
+        options: Options of the blueprint.
+    """
+
+    blueprint: str
+    operator: Operator
+    layout: Layout
+    width: int = 8
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+
+    def __str__(self) -> str:
+        """Return ``blueprint-operator-layout``, as the id of a test."""
+        return f"{self.blueprint}-{self.operator}-{self.layout}"
+
+    def seed(self, dtype: torch.dtype = torch.float32, root: int = 0) -> Seed:
+        """Return a newborn seed, equal for equal ``root``."""
+        with draw_from(torch.Generator().manual_seed(root)):
+            body = blueprints.get(self.blueprint).build(self.width, self.layout, **self.options)
+            return Seed(body, self.operator, self.width, self.layout).to(dtype)
+
+    def grown_seed(self, dtype: torch.dtype = torch.float32) -> Seed:
+        """Return a seed whose every parameter is random, as after training."""
+        seed = self.seed()
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in seed.parameters():
+                parameter.normal_(std=0.3, generator=generator)
+        return seed.to(dtype)
+
+    def feature(self, size: int = 5, dtype: torch.dtype = torch.float32, num_samples: int = 6) -> Tensor:
+        """Return a random feature of the layout, ``size`` long (and wide) where there is space or time."""
+        return _noise(_shape(self.layout, num_samples, self.width, size), 2).to(dtype)
+
+    def features(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """Yield features of several sizes, in each memory format, with a name for messages."""
+        for size in SIZES if self.layout != "NC" else SIZES[:1]:
+            feature = self.feature(size, dtype)
+            yield f"{dtype}, size {size}", feature
+            if self.layout == "NCHW":
+                yield f"{dtype}, size {size}, channels_last", feature.to(memory_format=torch.channels_last)
+
+
+def blueprint_cases(names: Sequence[str] | None = None, width: int = 8) -> tuple[BlueprintCase, ...]:
+    """Return blueprint x operator x layout, of the blueprints called ``names`` or of every one in the registry."""
+    return tuple(
+        BlueprintCase(name, operator, layout, width)
+        for name in (blueprints.names() if names is None else names)
+        for layout in blueprints.get(name).layouts
+        for operator in OPERATORS
+    )
+
+
+def check_blueprint(name: str, *, width: int = 8, options: Mapping[str, Any] | None = None) -> None:
+    """Run every check on a registered blueprint, under every operator and in every layout it declares.
+
+    Args:
+        name: Name in the registry.
+        width: Channels of the features.
+        options: Options to build it with.
+
+    Raises:
+        AssertionError: A check failed; the message says which, and what was expected and found.
+    """
+    for case, check in itertools.product(blueprint_cases([name], width), CHECKS):
+        check(dataclasses.replace(case, options=dict(options or {})))
+
+
+def check_identity_at_birth(case: BlueprintCase) -> None:
+    """The residual of a newborn seed is zero in every dtype, size, memory format and mode."""
+    for dtype, training in itertools.product(DTYPES, (True, False)):
+        seed = case.seed(dtype).train(training)
+        for what, feature in case.features(dtype):
+            residual = seed(feature)
+            wrong = int(residual.count_nonzero())
+            assert wrong == 0, f"{case}: s(h) must be 0 at birth, has {wrong} other values ({what}). Zero its last layer."
+            assert torch.equal(feature + residual, feature), f"{case}: the output must be h at birth ({what})."
+
+
+def check_feature_kept(case: BlueprintCase) -> None:
+    """The residual has the shape and dtype of the feature, the output its memory format, and the feature is not written to."""
+    for dtype in DTYPES:
+        seed = case.grown_seed(dtype)
+        for what, feature in case.features(dtype):
+            before = feature.clone()
+            residual = seed(feature)
+            _check_form(f"{case} ({what})", feature, residual)
+            assert torch.equal(feature, before), f"{case}: h must not be written to ({what}). Use no in-place layer on it."
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16):
+            feature = case.feature(dtype=dtype)
+            _check_form(f"{case} ({dtype} under bfloat16 autocast)", feature, case.grown_seed()(feature))
+
+
+def _check_form(what: str, feature: Tensor, residual: Tensor) -> None:
+    assert residual.shape == feature.shape, f"{what}: s(h) must be of shape {feature.shape}, is {residual.shape}."
+    assert residual.dtype == feature.dtype, f"{what}: s(h) must be {feature.dtype}, is {residual.dtype}."
+    output = feature + residual
+    for form in (torch.contiguous_format, torch.channels_last) if feature.ndim == 4 else ():
+        if feature.is_contiguous(memory_format=form):
+            assert output.is_contiguous(memory_format=form), f"{what}: the output must be {form} as h is."
+    assert bool(output.isfinite().all()), f"{what}: s(h) must be finite."
+
+
+def check_gradient_at_birth(case: BlueprintCase) -> None:
+    """At birth some parameter has a non-zero gradient, and all gradients are finite."""
+    for dtype in DTYPES:
+        seed, feature = case.seed(dtype), case.feature(dtype=dtype)
+        _loss(seed, feature).backward()
+        gradients = {name: p.grad for name, p in seed.named_parameters() if p.grad is not None}
+        for name, gradient in gradients.items():
+            assert bool(gradient.isfinite().all()), f"{case}: the gradient of `{name}` must be finite at birth ({dtype})."
+        alive = [name for name, gradient in gradients.items() if bool(gradient.any())]
+        assert alive, (
+            f"{case}: some gradient must be non-zero at birth ({dtype}), all are 0. "
+            "Put nothing after the zero layer (a ReLU there is dead for ever), and zero one layer only."
+        )
+
+
+def check_first_step(case: BlueprintCase) -> None:
+    """One SGD step moves the output by a small, non-zero amount, in proportion to the step."""
+    feature = case.feature()
+    move, small_move = (_move(case, feature, step) for step in (STEP, STEP / 8))
+    assert SMALLEST_MOVE < move < LARGEST_MOVE, (
+        f"{case}: one step of SGD at {STEP} must move the output by a share in ({SMALLEST_MOVE}, {LARGEST_MOVE}), got "
+        f"{move:.3g}. Put nothing after the zero layer: a normalisation there is a cliff."
+    )
+    assert 4.0 < move / small_move < 16.0, (
+        f"{case}: a step 8 times as large must move the output about 8 times as far, got {move / small_move:.3g} times. "
+        "Put the normalisation before the zero layer."
+    )
+
+
+def _move(case: BlueprintCase, feature: Tensor, step: float) -> float:
+    seed = case.seed()
+    optimizer = torch.optim.SGD(seed.parameters(), lr=step)
+    _loss(seed, feature).backward()
+    optimizer.step()
+    with torch.no_grad():
+        return float(seed(feature).norm() / feature.norm())
+
+
+def check_every_parameter_learns(case: BlueprintCase) -> None:
+    """Within a few steps of SGD every parameter, those of a gate included, has had a gradient and has moved."""
+    seed, feature = case.seed(torch.float64), case.feature(dtype=torch.float64)
+    before = {name: parameter.detach().clone() for name, parameter in seed.named_parameters()}
+    optimizer = torch.optim.SGD(seed.parameters(), lr=STEP)
+    for _ in range(LEARNING_STEPS):
+        optimizer.zero_grad()
+        _loss(seed, feature).backward()
+        optimizer.step()
+    still = [name for name, parameter in seed.named_parameters() if torch.equal(before[name], parameter)]
+    assert not still, f"{case}: every parameter must have moved after {LEARNING_STEPS} steps, {still} did not."
+
+
+def check_parameter_count(case: BlueprintCase) -> None:
+    """``parameter_count`` says what is built, for several widths."""
+    row = blueprints.get(case.blueprint)
+    for width in (*COUNTED_WIDTHS, case.width):
+        built = sum(p.numel() for p in dataclasses.replace(case, width=width).seed().body.parameters())
+        said = row.parameter_count(width, case.layout, **case.options)
+        assert said == built, f"{case}: `parameter_count` must be {built} at width {width}, got {said}."
+
+
+def check_own_stream(case: BlueprintCase) -> None:
+    """Equal generators build equal seeds, and building, running and training one draws from no global generator."""
+    before = _chance()
+    seed, feature = case.seed(), case.feature()
+    _loss(seed.train(), feature).backward()
+    assert _chance() == before, f"{case}: no global generator may move. Leave dropout and other chance out of forward."
+    twin = case.seed().state_dict()
+    for name, tensor in seed.state_dict().items():
+        assert same_bits(tensor, twin[name]), f"{case}: `{name}` must be the same from the same generator. Draw from torch."
+
+
+def check_incubation(case: BlueprintCase) -> None:
+    """While the seed incubates, output, gradients and buffers of the host are those without a seed; the seed has gradients."""
+    host = HostCase(case.layout, case.width)
+    bare, model, example = host.build(), host.model(), host.example()
+    model.germinate("early", _sowing(case))
+    model.advance("early")
+    for module in (bare, model):
+        module(example).square().mean().backward()
+    grads = {name: p.grad for name, p in bare.named_parameters()}
+    for name, parameter in model.host.named_parameters():
+        found, expected = parameter.grad, grads[name]
+        same = found is not None and expected is not None and same_bits(found, expected)
+        assert same, f"{case}: the gradient of the host's `{name}` must be what it is without the seed, to the bit."
+    for (name, buffer), (_, twin) in zip(model.host.named_buffers(), bare.named_buffers(), strict=True):
+        assert same_bits(buffer, twin), f"{case}: the host's buffer `{name}` must be what it is without the seed."
+    owned = model.owners()["early"]
+    assert any(p.grad is not None and bool(p.grad.any()) for _, p in owned), f"{case}: the incubating seed must get gradients."
+
+
+def check_export(case: BlueprintCase) -> None:
+    """Built into a plain module, the seed consists of torch's classes and computes exactly the same in eval mode."""
+    host = HostCase(case.layout, case.width)
+    for stage in (Stage.BLENDING, Stage.FOSSILIZED):
+        model, example = host.model(), host.example()
+        model.germinate("early", _sowing(case))
+        seed = model.slot("early").seed
+        assert seed is not None
+        seed.load_state_dict(case.grown_seed().state_dict())
+        lead_to(model, "early", stage, example)
+        plain = model.eval().export()
+        own = {type(part).__module__ for part in plain.modules()} - {type(part).__module__ for part in model.host.modules()}
+        foreign = sorted(name for name in own if name.partition(".")[0] != "torch")
+        assert not foreign, f"{case}: the exported seed must consist of torch's classes, has some of {foreign}."
+        with torch.no_grad():
+            worst = float((plain(example) - model(example)).abs().max())
+        assert worst == 0.0, f"{case}: exported in {stage.name}, outputs must be the same, differ by {worst:.3g}."
+
+
+def _sowing(case: BlueprintCase) -> Sowing:
+    return Sowing(blueprint=case.blueprint, operator=case.operator, options=case.options)
+
+
+CHECKS: tuple[Callable[[BlueprintCase], None], ...] = (
+    check_identity_at_birth,
+    check_feature_kept,
+    check_gradient_at_birth,
+    check_first_step,
+    check_every_parameter_learns,
+    check_parameter_count,
+    check_own_stream,
+    check_incubation,
+    check_export,
+)
+"""Every check of the suite; each takes a :class:`BlueprintCase` and raises AssertionError."""
+
+
+def _loss(seed: Seed, feature: Tensor) -> Tensor:
+    """Return a loss whose gradient is random and of length 1 at the residual of each sample, averaged over samples."""
+    residual = seed(feature)
+    direction = _noise(feature.shape, 3).to(feature.dtype)
+    lengths = direction.flatten(1).norm(dim=1).reshape(-1, *(1 for _ in feature.shape[1:]))
+    return (residual * direction / lengths).sum() / len(feature)
+
+
+def _shape(layout: Layout, num_samples: int, width: int, size: int) -> tuple[int, ...]:
+    shapes: dict[Layout, tuple[int, ...]] = {
+        "NC": (num_samples, width),
+        "NCL": (num_samples, width, size),
+        "NLC": (num_samples, size, width),
+        "NCHW": (num_samples, width, size, size),
+    }
+    return shapes[layout]
+
+
+def _noise(shape: Sequence[int], seed: int) -> Tensor:
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
+
+
+def _chance() -> tuple[object, ...]:
+    return (torch.get_rng_state().numpy().tobytes(), random.getstate(), repr(np.random.get_state(legacy=False)))
