@@ -57,6 +57,7 @@ ALLOWED = {
     "state__surgery": "from morphogen import errors",
     "integrations__ray_tune": "import ray",
     "integrations__lightning": "import lightning.pytorch",
+    "__main__": "import morphogen.cli",
     "pbt__engines__ray": "import ray",
     "telemetry__wandb": "import wandb\nfrom morphogen.telemetry import events",
     "recipes__grow": "from morphogen.telemetry import jsonl",

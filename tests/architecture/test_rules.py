@@ -132,8 +132,7 @@ OWN_STREAMS = {
     },
 }
 TORCH_DRAWS = {
-    f"torch.{name}"
-    for name in ("bernoulli", "multinomial", "normal", "poisson", "rand", "randint", "randn", "randperm")
+    f"torch.{name}" for name in ("bernoulli", "multinomial", "normal", "poisson", "rand", "randint", "randn", "randperm")
 } | {f"torch.{name}_like" for name in ("rand", "randint", "randn")}
 TENSOR_DRAWS = {
     *("bernoulli_", "cauchy_", "exponential_", "geometric_", "log_normal_", "normal_", "random_", "uniform_"),

@@ -52,4 +52,4 @@ def test_a_ring_is_frozen_and_holds_at_least_one() -> None:
         Ring().capacity = 3  # type: ignore[misc]
     with pytest.raises(ValueError, match="`capacity` must be at least 1, got 0"):
         Ring(capacity=0)
-    assert Generation(3, taken(3)) != Generation(3, taken(3))  # snapshots are compared by identity
+    assert Generation(3, taken(3), 3) != Generation(3, taken(3), 3)  # snapshots are compared by identity

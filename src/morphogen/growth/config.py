@@ -29,7 +29,7 @@ class GrowthConfig(Config):
     """How slots behave.
 
     Attributes:
-        pruned_ticks: Ticks a removed seed's slot stays PRUNED.
+        pruned_ticks: Ticks a removed seed's slot stays PRUNED; at least one, so that a removal is seen.
         embargo_ticks: Ticks it then stays EMBARGOED.
         resetting_ticks: Ticks it then stays RESETTING; after the sum of the three it is DORMANT again.
         incubation_ratio: Size the incubating residual settles at, relative to the host's feature (see ``incubation.py``).
@@ -37,7 +37,7 @@ class GrowthConfig(Config):
         gates: What a seed must show before it moves on.
     """
 
-    pruned_ticks: int = Field(default=1, ge=0)
+    pruned_ticks: int = Field(default=1, ge=1)
     embargo_ticks: int = Field(default=5, ge=0)
     resetting_ticks: int = Field(default=1, ge=0)
     incubation_ratio: float = Field(default=0.3, gt=0)

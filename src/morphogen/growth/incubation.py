@@ -6,9 +6,10 @@ Straight-through: the seed is fed h detached, and the output is h + (-0.0), whic
 whatever r holds; on the way back g passes to the host untouched. The seed is given not g alone, along which r would grow
 without end since it never feels its own effect, but the gradient of
 
-    <g, r> + |g| / (2 * ratio * |h|) * |r|^2
+    <g, r> + |g| * phi(|r|),    phi(x) = x^2 / (2 * limit) up to x = 2 * limit, 2 * x beyond,    limit = ratio * |h|
 
-whose minimum lies at r = -ratio * |h| * g / |g|: against the gradient, ``ratio`` times as long as the feature.
+whose minimum lies at r = -limit * g / |g|: against the gradient, ``ratio`` times as long as the feature. The gradient is
+never longer than 3 |g|, also where the feature is dead and the limit zero.
 """
 
 from __future__ import annotations
@@ -39,13 +40,18 @@ class _Silent(torch.autograd.Function):
     def forward(ctx: Any, r: Tensor, h: Tensor, ratio: float) -> Tensor:
         """Keep ``r`` and the size of ``h`` for the way back."""
         ctx.ratio = ratio
-        ctx.save_for_backward(r, torch.linalg.vector_norm(h, dtype=torch.float32))
+        ctx.save_for_backward(r, _norm(h))
         return torch.full((), -0.0, dtype=r.dtype, device=r.device).expand_as(r)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Return g + |g| / (ratio * |h|) * r."""
+        """Return g + |g| / max(limit, |r| / 2) * r."""
         r, size = ctx.saved_tensors
-        pull = torch.linalg.vector_norm(grad, dtype=torch.float32) / (ctx.ratio * size).clamp_min(1e-12)
-        return grad + pull.to(grad.dtype) * r, None, None
+        pull = _norm(grad) / torch.maximum(ctx.ratio * size, _norm(r) / 2)
+        return grad + r * pull.nan_to_num(posinf=0.0).clamp_max(torch.finfo(r.dtype).max).to(r.dtype), None, None
+
+
+def _norm(tensor: Tensor) -> Tensor:
+    """Return the length of ``tensor``, summed in at least single precision."""
+    return torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))

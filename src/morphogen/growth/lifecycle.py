@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -114,7 +115,7 @@ class Sowing:
 
     Attributes:
         blueprint: Name in the registry.
-        options: Keyword arguments of the blueprint.
+        options: Keyword arguments of the blueprint; JSON data, as checkpoints keep them.
         operator: "add", "scale" or "gate".
         alpha_target: Weight aimed at by the first ramp, in (0, 1].
         blend_ticks: Length of the first ramp, >= 1.
@@ -136,6 +137,13 @@ class Sowing:
             raise ValueError(f"`operator` must be one of {', '.join(OPERATORS)}, got {self.operator!r}. Choose one of them.")
         if not 0.0 < self.alpha_target <= 1.0:
             raise ValueError(f"`alpha_target` must be in (0, 1], got {self.alpha_target}. To remove a seed, prune it.")
+        if self.blend_ticks < 1:
+            raise ValueError(f"`blend_ticks` must be >= 1, got {self.blend_ticks}. With 1, alpha steps to its target at once.")
+        if not _is_json(self.options):
+            raise ValueError(
+                f"`options` must be JSON data (numbers, text, lists, dicts with text keys), got {dict(self.options)}. "
+                "They are part of every checkpoint."
+            )
         Ramp(
             start=0.0,
             target=self.alpha_target,
@@ -191,20 +199,24 @@ def advanced(state: SlotState, clock: int) -> SlotState:
 
 
 def retargeted(
-    state: SlotState, clock: int, target: float, num_ticks: int, curve: Curve, steepness: float = 12.0
+    state: SlotState, clock: int, target: float, over: int, curve: Curve, steepness: float = 12.0
 ) -> SlotState:
     """Return the state with a ramp from the present alpha to ``target``; from HOLDING it goes back to BLENDING.
 
-    A ramp under way is replaced and starts from where alpha is; a scheduled prune is cancelled.
+    A ramp under way is replaced and starts from where alpha is; a scheduled prune is cancelled. Over 0 ticks alpha is at its
+    target at once.
     """
     if state.stage not in (Stage.BLENDING, Stage.HOLDING):
         raise SlotError(f"must be blending or holding to change alpha, is {state.stage.name.lower()}. Advance it first.")
     if not 0.0 < target <= 1.0:
         raise ValueError(f"`target` must be in (0, 1], got {target}. To remove a seed, prune it.")
-    ramp = Ramp(start=state.alpha, target=target, num_ticks=num_ticks, curve=curve, steepness=steepness)
+    if over < 0:
+        raise ValueError(f"`over` must be >= 0 ticks, got {over}. Use 0 to change alpha at once.")
+    ramp = Ramp(start=state.alpha, target=target, num_ticks=max(1, over), curve=curve, steepness=steepness)
     if state.stage is Stage.HOLDING:
         state = _moved(state, Stage.BLENDING, clock, "alpha retargeted")
-    return dataclasses.replace(state, ramp=ramp, alpha_target=target, prune_reason=None)
+    state = dataclasses.replace(state, ramp=ramp, alpha_target=target, prune_reason=None)
+    return state if over else _ramped(state)
 
 
 def pruned(state: SlotState, clock: int, over: int, reason: str) -> SlotState:
@@ -267,6 +279,13 @@ def ticked(state: SlotState, clock: int, config: GrowthConfig) -> SlotState:
     if state.stage is Stage.DORMANT and state.blueprint is not None:
         state = dataclasses.replace(state, blueprint=None, options={}, prune_reason=None, age_ticks=0)
     return state
+
+
+def _is_json(options: Mapping[str, Any]) -> bool:
+    try:
+        return json.loads(json.dumps(dict(options))) == dict(options)
+    except (TypeError, ValueError):
+        return False
 
 
 def _ramped(state: SlotState) -> SlotState:

@@ -58,6 +58,6 @@ class SampleGate(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """Return g(h), shaped (N, 1, ...) to broadcast over ``h``."""
         gate_B = self.outer(self.activation(self.inner(pooled(h, self.layout)))).sigmoid()
-        for _ in range(h.ndim - 2):
+        for _ in self.layout[2:]:
             gate_B = gate_B.unsqueeze(-1)
         return gate_B

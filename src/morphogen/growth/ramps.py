@@ -38,8 +38,10 @@ class Ramp:
         for name in ("start", "target"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"`{name}` must be in [0, 1], got {getattr(self, name)}. Alpha is a share.")
-        if self.num_ticks < 1 or not 0 <= self.tick < self.num_ticks:
-            raise ValueError(f"`num_ticks` must be > `tick` >= 0, got {self.num_ticks} and {self.tick}. Set a length >= 1.")
+        if self.num_ticks < 1:
+            raise ValueError(f"`num_ticks` must be >= 1, got {self.num_ticks}. Without a ramp, assign alpha.")
+        if not 0 <= self.tick < self.num_ticks:
+            raise ValueError(f"`tick` must be in [0, {self.num_ticks}), got {self.tick}. A ramp that is over is None.")
         if self.curve not in CURVES:
             raise ValueError(f"`curve` must be one of {', '.join(CURVES)}, got {self.curve!r}. Choose one of them.")
         if not 0.1 <= self.steepness < math.inf:
@@ -53,11 +55,12 @@ class Ramp:
             0.5
         """
         tick = self.tick + 1
-        if tick == self.num_ticks:
+        if tick >= self.num_ticks:
             return self.target, None
         share = eased(tick / self.num_ticks, self.curve, self.steepness)
         alpha = self.start + (self.target - self.start) * share
-        return min(1.0, max(0.0, alpha)), dataclasses.replace(self, tick=tick)
+        low, high = sorted((self.start, self.target))  # rounding may overshoot by one place
+        return min(high, max(low, alpha)), dataclasses.replace(self, tick=tick)
 
 
 def eased(t: float, curve: Curve, steepness: float = 12.0) -> float:

@@ -122,6 +122,7 @@ class _Job:
         self._results = [ArmResult(**result) for result in summary.get("results", [])]
         self._networks: dict[str, Json] = dict(summary.get("networks", {}))
         self._log_offset: int = summary.get("log_offset", 0)
+        self._announced_end: bool = summary.get("finished", False)
         self._stop = False
         self._arm: ArmRun | None = None
         self._reopened = self._reopen()
@@ -140,7 +141,7 @@ class _Job:
                     break
             finished = not self._remaining()
             self._arm = None
-            if finished:
+            if finished and not self._announced_end:
                 rows, difference = table(self._results), paired_difference(self._results, "grown", "static")
                 self._emit(RunFinished(rows=tuple(map(_flat, rows)), paired_difference=difference))
                 self._write_summary(finished=True)

@@ -1,21 +1,26 @@
-"""Checkpoints: a directory of safetensors files and a ``manifest.json``, written atomically, trusted only after checking.
+"""Checkpoints: a directory of safetensors files and a ``manifest.json``, written atomically, trusted after checking.
 
-The manifest is the commit point. Data files are named after their content, written and synced first; then one ``os.replace``
-puts the new manifest in place of the old; then files that no manifest names are removed. Killed at any point, the directory
-holds either the old checkpoint or the new one, whole. Nothing is ever unpickled.
+The manifest is the commit point. Data files are named after their content, written and synced first; then one
+``os.replace`` puts the new manifest in place of the old; then data files that it does not name are removed. Killed at
+any point, the directory holds either the old checkpoint or the new one, whole. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import pickle  # noqa: S403 - only to name the error torch raises when it refuses a pickle
 import platform
+import re
+import struct
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import safetensors
@@ -25,14 +30,24 @@ from torch import Tensor, nn
 
 import morphogen
 from morphogen.errors import CheckpointError
+from morphogen.state import trees
 from morphogen.state.inventory import module_tensors
-from morphogen.state.snapshot import Snapshot, Tables
+from morphogen.state.snapshot import PARTS, Snapshot, Tables
 from morphogen.telemetry.events import Json
 
 FULL = "v2_full_parameters"
 WEIGHTS = "v1_policy_only"
 MANIFEST = "manifest.json"
 _FORMAT = "morphogen.checkpoint"
+_EXTRA_STATE = "_extra_state"
+# All that torch's restricted unpickler was seen to raise on damaged files.
+_UNREADABLE = (
+    *(OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError),
+    *(AttributeError, MemoryError, struct.error, zlib.error, zipfile.BadZipFile),
+    *(pickle.UnpicklingError, safetensors.SafetensorError),
+)
+_UNSAFE = re.compile(r"[^\w.-]")
+_OURS = re.compile(r"[\w.-]+-[0-9a-f]{16}\.safetensors|\.(manifest\.json|[\w.-]+-[0-9a-f]{16}\.safetensors)\.tmp")
 _LIBRARIES = {
     "morphogen": morphogen.__version__,
     "torch": torch.__version__,
@@ -61,40 +76,53 @@ def write(path: str | os.PathLike[str], snapshot: Snapshot, *, version: str = FU
         user_data: JSON data kept in the manifest.
 
     Raises:
-        CheckpointError: The disk refused; what was at ``path`` still loads.
-        ValueError: ``version`` is unknown.
+        CheckpointError: The disk refused, or a tensor is of a kind that safetensors does not take; what was at ``path``
+            still loads.
+        TypeError: ``user_data`` is not JSON data.
+        ValueError: ``version`` is unknown, or asks for the weights of a single model where there are several.
     """
     if version not in (FULL, WEIGHTS):
         raise ValueError(f"`version` must be {FULL} or {WEIGHTS}, got {version!r}. Leave it out for everything.")
+    if version == WEIGHTS and "model" not in snapshot.meta["model"]:
+        raise ValueError(f"`version` must be {FULL} for several models, got {version!r}. Leave it out.")
+    try:
+        json.dumps(user_data)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"`user_data` must be JSON data: {error}. Convert it to dicts, lists and numbers.") from error
     directory = Path(path)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        _make_directory(directory)
         _remove_strays(directory)
-        files = {
-            section: _write_table(directory, section, table)
-            for section, table in _sections(snapshot, version).items()
-            if table
-        }
-        manifest = _manifest(snapshot, version, files, user_data)
-        write_synced(directory / MANIFEST, json.dumps(manifest, indent=1).encode())
+        tables = {section: table for section, table in _sections(snapshot, version).items() if table}
+        files = {section: _write_table(directory, section, table) for section, table in tables.items()}
+        _sync_directory(directory)  # the data must be there for good before a manifest names it
+        write_synced(directory / MANIFEST, _as_bytes(_manifest(snapshot, version, files, user_data)))
         _sync_directory(directory)
         _remove_strays(directory)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{directory}: cannot be written: {error}. What was there before still loads.") from error
+    except OSError as error:
+        with contextlib.suppress(OSError):  # on a full disk, half a file is in everybody's way
+            _remove_strays(directory)
+        raise CheckpointError(f"{directory}: cannot be written: {error}. A checkpoint that was there loads.") from error
 
 
 def _sections(snapshot: Snapshot, version: str) -> Tables:
     tables: Tables = {}
     for section, name, tensor in snapshot.named_tensors():
-        if version == FULL or section == "model":
+        if version == FULL or section == "model" or (section == "loose" and name.startswith("model.")):
             tables.setdefault(section, {})[name] = tensor
     return tables
 
 
 def _write_table(directory: Path, section: str, table: Mapping[str, Tensor]) -> dict[str, Json]:
-    content = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in table.items()})
+    try:
+        content = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in table.items()})
+    except (KeyError, ValueError, safetensors.SafetensorError) as error:
+        raise CheckpointError(
+            f"{directory}: cannot be written: safetensors refuses a tensor of {section!r}: {error}. Convert it, or leave "
+            "it out of the run. A checkpoint that was there loads."
+        ) from error
     digest = hashlib.sha256(content).hexdigest()
-    name = f"{section}-{digest[:16]}.safetensors"
+    name = f"{_UNSAFE.sub('_', section)}-{digest[:16]}.safetensors"
     write_synced(directory / name, content)
     return {"file": name, "sha256": digest, "bytes": len(content)}
 
@@ -110,11 +138,24 @@ def write_synced(path: Path, content: bytes) -> None:
 
 
 def remove(path: str | os.PathLike[str]) -> None:
-    """Remove a checkpoint directory written by :func:`write`: the manifest first, so that no half of it can be loaded."""
+    """Remove a checkpoint directory written by :func:`write`, the manifest first: no half of it can be loaded.
+
+    Raises:
+        CheckpointError: It is not there, or the disk refused, or files that are not ours are in it; those stay.
+    """
     directory = Path(path)
-    (directory / MANIFEST).unlink(missing_ok=True)
-    _remove_strays(directory)
-    directory.rmdir()
+    try:
+        (directory / MANIFEST).unlink(missing_ok=True)
+        _remove_strays(directory)
+        directory.rmdir()
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot be removed: {error}. Remove what is left by hand.") from error
+
+
+def _make_directory(directory: Path) -> None:
+    if not directory.is_dir():
+        directory.mkdir(parents=True, exist_ok=True)
+        _sync_directory(directory.parent)
 
 
 def _sync_directory(directory: Path) -> None:
@@ -133,28 +174,35 @@ def _remove_strays(directory: Path) -> None:
     if manifest.exists():
         try:
             kept |= {entry["file"] for entry in json.loads(manifest.read_text())["files"].values()}
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return  # a damaged manifest names nothing: its data may still be worth something to a person
     for file in directory.iterdir():
-        ours = file.suffix == ".safetensors" or (file.name.startswith(".") and file.suffix == ".tmp")
-        if ours and file.name not in kept:
+        if file.name not in kept and _OURS.fullmatch(file.name):
             file.unlink()
 
 
 def _manifest(snapshot: Snapshot, version: str, files: Mapping[str, Json], user_data: Json) -> dict[str, Json]:
     full = version == FULL
+    meta = snapshot.meta if full else {"model": {"model": _weights_meta(snapshot.meta["model"]["model"])}}
     manifest: dict[str, Any] = {
         "format": _FORMAT,
         "version": version,
         "files": dict(files),
         "libraries": _LIBRARIES,
-        "parts": {f"has_{part}_state": part in snapshot.parts for part in ("optimizer", "scheduler", "scaler", "extras")}
-        if full
-        else {"has_optimizer_state": False},
-        "meta": dict(snapshot.meta) if full else {"model": {"model": snapshot.meta["model"]["model"]}},
+        "parts": {f"has_{part}_state": full and part in snapshot.parts for part in PARTS},
+        "meta": dict(meta),
         "user_data": user_data,
     }
+    manifest = json.loads(json.dumps(manifest))  # as a reader will see it: text keys, no tuples
     return {**manifest, "sha256": _digest_of(manifest)}
+
+
+def _weights_meta(model: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: model[key] for key in ("aliases", "topology", "extra_state") if key in model}
+
+
+def _as_bytes(manifest: Mapping[str, Any]) -> bytes:
+    return json.dumps(manifest, indent=1).encode()
 
 
 def _digest_of(manifest: Mapping[str, Any]) -> str:
@@ -185,12 +233,13 @@ def read(path: str | os.PathLike[str], modules: Mapping[str, nn.Module]) -> Load
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads(path.read_bytes())
+        content = path.read_bytes()
+        manifest = json.loads(content)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: not found, so there is no checkpoint here. Check the path.") from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: is not JSON ({error}): damaged or cut off. Use another checkpoint.") from error
     if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
         raise CheckpointError(f"{path}: is not a morphogen checkpoint manifest. Check the path.")
@@ -199,7 +248,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             f"{path}: version must be {FULL} or {WEIGHTS}, got {manifest.get('version')!r}. "
             "Load it with the release of morphogen that wrote it."
         )
-    if manifest.get("sha256") != _digest_of(manifest):
+    if manifest.get("sha256") != _digest_of(manifest) or content != _as_bytes(manifest):
         raise CheckpointError(f"{path}: its own sha256 does not match: damaged or edited. Use another checkpoint.")
     return manifest
 
@@ -210,39 +259,69 @@ def _read_table(path: Path, entry: Mapping[str, Any]) -> dict[str, Tensor]:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error}. The checkpoint is not whole.") from error
     if len(content) != entry["bytes"]:
-        raise CheckpointError(f"{path}: must have {entry['bytes']} bytes, got {len(content)}: cut off. Use another one.")
+        raise CheckpointError(
+            f"{path}: must have {entry['bytes']} bytes, got {len(content)}: cut off. Use another checkpoint."
+        )
     if hashlib.sha256(content).hexdigest() != entry["sha256"]:
         raise CheckpointError(f"{path}: its sha256 does not match the manifest: damaged. Use another checkpoint.")
     return safetensors.torch.load(content)
 
 
 def _bare_snapshot(path: Path, modules: Mapping[str, nn.Module]) -> Snapshot:
-    if list(modules) != ["model"] and [name for name in modules if name.startswith("model")] != ["model"]:
-        raise CheckpointError(f"{path}: bare weights fit a run with one model, this one has {len(modules)}. Use a full one.")
+    models = [part for part in modules if not part.startswith("extras.")]
+    if models != ["model"]:
+        raise CheckpointError(
+            f"{path}: bare weights fit a run with one model, got one with {len(models)}. Use a {FULL} checkpoint."
+        )
     live = module_tensors(modules["model"])
-    weights = _read_bare(path)
     tensors: dict[str, Tensor] = {}
-    for name, tensor in weights.items():
+    extra_state: dict[str, Json] = {}
+    loose: trees.TensorTable = {}
+    for name, value in _read_bare(path).items():
+        module, _, last = name.rpartition(".")
+        if last == _EXTRA_STATE:
+            extra_state[module] = trees.encode(value, loose, f"model.extra_state.{module}")
+            continue
         first = live.aliases.get(name, name)
-        if first in tensors and not torch.equal(tensors[first], tensor):
-            raise CheckpointError(f"{path}: `{name}` and `{first}` are one tensor in this model and differ in the file.")
-        tensors[first] = tensor
+        if first in tensors and not torch.equal(tensors[first], value):
+            raise CheckpointError(
+                f"{path}: `{name}` and `{first}` are one tensor in this model and differ in the file. Use a file of "
+                "this model."
+            )
+        tensors[first] = value
     persistent = set(modules["model"].state_dict())
     for name, tensor in live.tensors.items():
         if name not in persistent:
             tensors.setdefault(name, tensor.detach().clone())
-    return Snapshot({"model": tensors}, {}, {"model": {"model": {"aliases": {}, "topology": None}}})
+    meta = {"aliases": {}, "topology": None, "extra_state": extra_state}
+    return Snapshot({"model": tensors}, loose, {"model": {"model": meta}})
 
 
-def _read_bare(path: Path) -> dict[str, Tensor]:
+def _check_sums(path: Path) -> None:
+    """Compare the CRC of each record of a zip, as ``torch.save`` writes it; ``torch.load`` does not."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"the checksum of {damaged} does not match: damaged.")
+
+
+def _read_bare(path: Path) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             content: Any = safetensors.torch.load_file(path)
         else:
+            _check_sums(path)
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except _UNREADABLE as error:
+        reason = f"{type(error).__name__}: {error}".split("\n")[0]
         raise CheckpointError(f"{path}: is not a plain state_dict: {reason} Nothing in it was run.") from error
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise CheckpointError(f"{path}: must hold a dict of tensors, got {type(content).__name__}. Save model.state_dict().")
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path}: must hold a dict, got {type(content).__name__}. Save model.state_dict().")
+    for name, value in cast("Mapping[Any, Any]", content).items():
+        if not isinstance(name, str) or not (isinstance(value, Tensor) or name.endswith(_EXTRA_STATE)):
+            raise CheckpointError(
+                f"{path}: must hold a dict of tensors by name, got {type(value).__name__} under {name!r}. "
+                "Save model.state_dict()."
+            )
     return dict(content)

@@ -7,7 +7,10 @@ import numpy.typing as npt
 import torch
 from sklearn.datasets import load_digits
 
+from morphogen.growth import GrowthPoint, Sowing
+from morphogen.tasks.base import Task
 from morphogen.tasks.data import Split, TaskData, stratified_split
+from morphogen.tasks.hosts import conv2d_host
 
 NUM_CLASSES = 10
 _SIZES = (1000, 300, 497)
@@ -34,3 +37,27 @@ def load() -> TaskData:
     inputs = ((images - seen.mean()) / seen.std()).astype(np.float32)
     splits = [Split(torch.from_numpy(inputs[part]), torch.from_numpy(targets[part])) for part in parts]
     return TaskData(*splits, num_classes=NUM_CLASSES)
+
+
+_CONV = Sowing(blueprint="conv3x3", options={"expansion": 4}, blend_ticks=3)
+_POINTS = ("block1", "block2")
+
+TASK = Task(
+    name="digits",
+    summary="scikit-learn's 8x8 images of handwritten digits; a host of two narrow convolutions",
+    load=load,
+    make_host=lambda: conv2d_host((3, 3), NUM_CLASSES, kernels=(3, 3)),
+    points={name: GrowthPoint(name) for name in _POINTS},
+    blueprints=(
+        _CONV,
+        Sowing(blueprint="mlp", options={"expansion": 4}, blend_ticks=3),
+        Sowing(blueprint="squeeze_excite", blend_ticks=3),
+        Sowing(blueprint="depthwise", blend_ticks=3),
+    ),
+    reference=dict.fromkeys(_POINTS, _CONV),
+    batch_size=64,
+    total_steps=1200,
+    tick_steps=25,
+    learning_rate=2e-2,
+    weight_decay=1e-2,
+)

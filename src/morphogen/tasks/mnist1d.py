@@ -14,7 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from morphogen.growth import GrowthPoint, Sowing
+from morphogen.tasks.base import Task
 from morphogen.tasks.data import Split, TaskData, cached_task_data, stratified_split
+from morphogen.tasks.hosts import conv1d_host
 
 NUM_CLASSES = 10
 _SIZES = (3200, 800)
@@ -63,3 +66,27 @@ def _global_generators_kept() -> Generator[None]:
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
+
+
+_CONV = Sowing(blueprint="conv1d", options={"kernel_size": 3, "expansion": 4}, blend_ticks=3)
+_POINTS = ("block1", "block2", "block3")
+
+TASK = Task(
+    name="mnist1d",
+    summary="MNIST-1D, 40-sample signals of ten classes, generated here; a host of three narrow convolutions",
+    load=load,
+    make_host=lambda: conv1d_host((4, 4, 4), NUM_CLASSES, kernels=(5, 3, 3)),
+    points={name: GrowthPoint(name) for name in _POINTS},
+    blueprints=(
+        _CONV,
+        Sowing(blueprint="mlp", options={"expansion": 4}, blend_ticks=3),
+        Sowing(blueprint="squeeze_excite", blend_ticks=3),
+        Sowing(blueprint="depthwise", blend_ticks=3),
+    ),
+    reference=dict.fromkeys(_POINTS, _CONV),
+    batch_size=64,
+    total_steps=2000,
+    tick_steps=50,
+    learning_rate=2e-2,
+    weight_decay=1e-2,
+)

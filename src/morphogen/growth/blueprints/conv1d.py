@@ -29,5 +29,5 @@ class Conv1d(nn.Module):
 
     @staticmethod
     def parameter_count(width: int, layout: Layout, kernel_size: int = 5, expansion: int = 1) -> int:
-        """Return (k + 1) e C^2 + (e + 3) C."""
-        return (kernel_size + 1) * expansion * width**2 + (expansion + 3) * width
+        """Return (k + 1) e C^2 + (e + 1) C."""
+        return (kernel_size + 1) * expansion * width**2 + (expansion + 1) * width

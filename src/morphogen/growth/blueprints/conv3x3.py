@@ -27,5 +27,5 @@ class Conv3x3(nn.Module):
 
     @staticmethod
     def parameter_count(width: int, layout: Layout, expansion: int = 1) -> int:
-        """Return 10 e C^2 + (e + 3) C."""
-        return 10 * expansion * width**2 + (expansion + 3) * width
+        """Return 10 e C^2 + (e + 1) C."""
+        return 10 * expansion * width**2 + (expansion + 1) * width

@@ -30,6 +30,6 @@ class Depthwise(nn.Module):
 
     @staticmethod
     def parameter_count(width: int, layout: Layout) -> int:
-        """Return C^2 + (3^d + 4) C for d dimensions of space."""
+        """Return C^2 + (3^d + 2) C for d dimensions of space."""
         taps = _KERNEL_SIZE if layout == "NCL" else _KERNEL_SIZE**2
-        return width**2 + (taps + 4) * width
+        return width**2 + (taps + 2) * width

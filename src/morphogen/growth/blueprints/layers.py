@@ -27,10 +27,14 @@ def pointwise(layout: Layout, channels_in: int, channels_out: int, bias: bool = 
 
 
 def input_norm(layout: Layout, width: int) -> nn.Module:
-    """Return a normalisation without batch statistics: LayerNorm over channels, or GroupNorm where space follows."""
+    """Return a normalisation without batch statistics: LayerNorm over channels, or GroupNorm where space follows.
+
+    It has no weights of its own: the linear map behind it has them. Besides, torch 2.13 crashes the process in the backward
+    pass of an affine GroupNorm on a channels_last feature that needs no gradient, as that of an incubating seed.
+    """
     if layout in ("NC", "NLC"):
-        return nn.LayerNorm(width)
-    return nn.GroupNorm(num_groups(width), width)
+        return nn.LayerNorm(width, elementwise_affine=False)
+    return nn.GroupNorm(num_groups(width), width, affine=False)
 
 
 def num_groups(width: int, min_channels: int = 4) -> int:

@@ -27,5 +27,5 @@ class Mlp(nn.Module):
 
     @staticmethod
     def parameter_count(width: int, layout: Layout, expansion: int = 2) -> int:
-        """Return 2 e C^2 + (e + 3) C."""
-        return 2 * expansion * width**2 + (expansion + 3) * width
+        """Return 2 e C^2 + (e + 1) C."""
+        return 2 * expansion * width**2 + (expansion + 1) * width

@@ -11,9 +11,10 @@ from morphogen.growth.layouts import Layout
 
 @blueprint("squeeze_excite", layouts=("NCL", "NCHW"))
 class SqueezeExcite(nn.Module):
-    """s(h) = h * (2 sigmoid(z) - 1), z = W2 relu(W1 pool(h) + b1) + b2 per channel, W2 = b2 = 0 at birth.
+    """s(h) = h * (2 sigmoid(z) - 1), z = W2 gelu(W1 pool(h) + b1) + b2 per channel, W2 = b2 = 0 at birth.
 
-    Source: arXiv 1709.01507, whose factor sigmoid(z) is written here as a residual that is zero at birth.
+    Source: arXiv 1709.01507, whose factor sigmoid(z) is written here as a residual that is zero at birth. GELU stands in for
+    ReLU: a pooled feature hardly varies, so a ReLU unit is often off for every sample, and with few units all of them are.
     """
 
     def __init__(self, width: int, layout: Layout, reduction: int = 4) -> None:
@@ -22,7 +23,7 @@ class SqueezeExcite(nn.Module):
         hidden = max(4, width // reduction)
         self.pool = nn.AdaptiveAvgPool1d(1) if layout == "NCL" else nn.AdaptiveAvgPool2d(1)
         self.inner = pointwise(layout, width, hidden)
-        self.activation = nn.ReLU()
+        self.activation = nn.GELU()
         self.outer = zeroed(pointwise(layout, hidden, width))
 
     def forward(self, h: Tensor) -> Tensor:
