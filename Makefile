@@ -14,7 +14,7 @@ pytest := OMP_NUM_THREADS=1 $(python) -m pytest
 .PHONY: help demo test test-all test-gpu gates lint format-check types layers tail format bench clean
 
 help:
-	@echo 'make demo      grow a network on MNIST-1D, five times, and print how it compares (runs/demo)'
+	@echo 'make demo      grow a network on MNIST-1D, five times, and print how it compares (a new folder below runs/)'
 	@echo 'make test      the tests but the slow ones'
 	@echo 'make test-all  the slow ones as well'
 	@echo 'make test-gpu  the ones that need a CUDA device'
@@ -24,7 +24,7 @@ help:
 	@echo 'make clean     remove .venv and the caches; runs/ is kept'
 
 demo: $(runtime)
-	$(bin)/morphogen grow --task mnist1d --policy heuristic --repeats 5 --out runs/demo
+	$(bin)/morphogen grow --task mnist1d --policy heuristic --repeats 5
 
 test: $(develop)
 	$(pytest) -n 2 -m 'not slow and not gpu'

@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from morphogen.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from morphogen.governor import Governor as Governor, GovernorConfig as GovernorConfig
     from morphogen.growth import GrowableModel as GrowableModel, Stage as Stage
     from morphogen.state import Snapshot as Snapshot, TrainingState as TrainingState
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "Governor": "morphogen.governor",

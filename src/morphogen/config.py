@@ -1,4 +1,4 @@
-"""The base of every config: frozen, keyword-only, strict about names and types, checked at construction."""
+"""The base of every config: frozen, keyword-only, strict about names, checked at construction."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import difflib
 from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 
 class Config(BaseModel):
@@ -32,6 +33,10 @@ class Config(BaseModel):
             except ValidationError as error:
                 raise ValueError(_explain(type(self), error)) from None
 
+        def __setattr__(self, name: str, value: Any) -> None:
+            """Refuse: what ran must be what was written."""
+            raise AttributeError(f"`{name}` of a {type(self).__name__} cannot be set. Use replace({name}={value!r}).")
+
     def replace(self, **changes: Any) -> Self:
         """Return a config of the same kind with ``changes`` applied and everything checked again."""
         return type(self)(**{**self.__dict__, **changes})
@@ -39,16 +44,20 @@ class Config(BaseModel):
 
 def _explain(config: type[BaseModel], error: ValidationError) -> str:
     """One sentence for each wrong field: which, what it must be, what it was."""
-    lines: list[str] = []
-    for problem in error.errors(include_url=False):
-        field = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(field, config.model_fields, n=1)
-            hint = f"Did you mean `{near[0]}`?" if near else f"Known names: {', '.join(config.model_fields)}."
-            lines.append(f"`{field}` is not a setting of {config.__name__}. {hint}")
-        elif problem["type"] == "value_error":
-            lines.append(str(problem["ctx"]["error"]) if "ctx" in problem else problem["msg"])
-        else:
-            rule = problem["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-            lines.append(f"`{field}` must be {rule}, got {problem['input']!r}. Change it in {config.__name__}.")
-    return " ".join(lines)
+    problems = error.errors(include_url=False)
+    parents = {problem["loc"][:depth] for problem in problems for depth in range(1, len(problem["loc"]))}
+    return " ".join(_sentence(config, problem) for problem in problems if problem["loc"] not in parents)
+
+
+def _sentence(config: type[BaseModel], problem: ErrorDetails) -> str:
+    field, kind = ".".join(str(part) for part in problem["loc"]), problem["type"]
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(field, config.model_fields, n=1)
+        hint = f"Did you mean `{near[0]}`?" if near else f"Known names: {', '.join(config.model_fields)}."
+        return f"`{field}` is not a setting of {config.__name__}. {hint}"
+    if kind == "missing":
+        return f"`{field}` must be given, it has no default. Pass it to {config.__name__}."
+    if kind == "value_error":
+        return str(problem["ctx"]["error"]) if "ctx" in problem else problem["msg"]
+    rule = problem["msg"].partition(" should ")[2] or problem["msg"]
+    return f"`{field}` must {rule}, got {problem['input']!r}. Change it in {config.__name__}."

@@ -24,7 +24,9 @@ def run(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(*words), capture_output=True, text=True, cwd=cwd, env=environment, timeout=300)
 
 
-@pytest.mark.parametrize("words", [("--help",), ("tasks", "--help"), ("grow", "--help"), ("resume", "--help"), ("report", "--help")])
+@pytest.mark.parametrize(
+    "words", [("--help",), ("tasks", "--help"), ("grow", "--help"), ("resume", "--help"), ("report", "--help")]
+)
 def test_help_fits_a_screen_and_imports_no_torch(words: tuple[str, ...], tmp_path: Path) -> None:
     found = run(*words, cwd=tmp_path)
     assert found.returncode == 0

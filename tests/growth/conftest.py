@@ -86,7 +86,7 @@ class GrowthRun:
         """Everything in the run, copied without the help of the code under test."""
         model = self.model
         names = {id(parameter): name for name, parameter in model.named_parameters()}
-        moments = {names.get(id(p), "gone"): copy.deepcopy(values) for p, values in self.optimizer.state.items()}
+        held = {names.get(id(p), "gone"): copy.deepcopy(values) for p, values in self.optimizer.state.items()}
         return {
             "clock": model.clock,
             "slots": {name: (model.slot(name).state, model.slot(name).sensors) for name in model.stages()},
@@ -100,7 +100,7 @@ class GrowthRun:
                 {**group, "params": [names.get(id(p), "gone") for p in group["params"]]}
                 for group in self.optimizer.param_groups
             ],
-            "moments": moments,
+            "moments": dict(sorted(held.items())),
             "data": self.data.get_state(),
             "chance": chance(),
         }

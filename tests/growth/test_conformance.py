@@ -64,6 +64,9 @@ def test_a_blueprint_of_ones_own_is_covered_by_registering_it() -> None:
     assert len(blueprint_cases()) == covered + 2 * 3
     check_blueprint("mine")
     check_blueprint("mine", width=5)
+
+
+def test_a_convolution_of_ones_own_passes() -> None:
     register(GoodImage, "NCHW")
     check_blueprint("mine")
 
@@ -79,9 +82,8 @@ def test_the_cost_of_a_blueprint_is_one_file_and_one_line() -> None:
     for name in blueprints.names():
         lines = {
             file.relative_to(PACKAGE).as_posix(): sum(
-                bool(re.search(rf"(?<![.\w])(\"{name}\"|{name} as {name})(?!\w)", line))
+                bool(re.search(rf"blueprint\(\"{name}\"|\b{name} as {name}\b|blueprints[.]{name}\b", line))
                 for line in file.read_text("utf-8").splitlines()
-                if ">>>" not in line and "germinate(" not in line
             )
             for file in files
         }
@@ -229,7 +231,7 @@ def test_every_check_rejects_something() -> None:
             try:
                 for case in blueprint_cases(["mine"]):
                     check(case)
-            except (AssertionError, RuntimeError, TypeError):
+            except (AssertionError, RuntimeError, TypeError, ValueError):
                 tripped.add(check.__name__)
     assert tripped == {check.__name__ for check in CHECKS}
 
@@ -268,4 +270,4 @@ def test_the_registry_lists_by_layout_and_describes() -> None:
     for name in blueprints.names():
         row = blueprints.get(name)
         assert row.summary.startswith("s(h) = ") and row.layouts
-    assert blueprints.get("conv1d").options == ("kernel_size",)
+    assert blueprints.get("squeeze_excite").options == ("reduction",)

@@ -130,7 +130,7 @@ def test_what_cannot_be_measured_is_refused() -> None:
     model.prune("early")
     with pytest.raises(SlotError, match="slot 'early' must hold a blended seed.*is pruned"):
         measure_contributions(model, data, metric, slots=["early"])
-    with pytest.raises(ValueError, match=r"`metric` must return one value per sample, shape \(4,\), got \(\)"):
+    with pytest.raises(ValueError, match=r"`metric` must return one value per sample, shape \(8,\), got \(\)"):
         measure_contributions(model, data, lambda outputs, targets: outputs.mean())
 
 

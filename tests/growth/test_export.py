@@ -269,17 +269,96 @@ def test_a_point_with_several_arguments() -> None:
     assert torch.equal(plain(*example), model(*example))
 
 
-def test_a_point_whose_arguments_are_open_is_refused_with_the_reason() -> None:
-    class Open(nn.Module):
+class Open(nn.Module):
+    """A block that passes on whatever it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Linear(6, 6)
+
+    def forward(self, *inputs: Tensor, **options: float) -> Tensor:
+        return self.map(inputs[0]) * options.get("scale", 1.0)
+
+
+class Opening(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Open()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x, scale=0.5)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_a_point_whose_arguments_are_open() -> None:
+    inputs = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    model = GrowableModel(Opening(), {"a": "block"}, inputs, config=LENIENT)
+    model.germinate("a", "mlp")
+    lead_to(model, "a", Stage.FOSSILIZED, inputs)
+    for parameter in model.slots.parameters():
+        nn.init.normal_(parameter, std=0.5, generator=torch.Generator().manual_seed(0))
+    plain = model.eval().export()
+    assert torch.equal(plain(inputs), model(inputs))
+    plain.train()(inputs).sum().backward()
+    assert all(parameter.grad is not None for parameter in plain.parameters())
+    program = torch.export.export(plain.eval(), (inputs,)).module()
+    assert torch.equal(program(inputs), model(inputs))
+
+
+class Aliased(nn.Module):
+    """Registers a block under two names, and calls it by the one that is not the point."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(6, 6)])
+        self.first = self.blocks[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(x)
+
+
+def grown_alone(host: nn.Module, path: str, inputs: Tensor) -> GrowableModel:
+    model = GrowableModel(host, {"a": path}, inputs, config=LENIENT)
+    model.germinate("a", "mlp")
+    lead_to(model, "a", Stage.FOSSILIZED, inputs)
+    for parameter in model.slots.parameters():
+        nn.init.normal_(parameter, std=0.5, generator=torch.Generator().manual_seed(0))
+    return model.eval()
+
+
+def test_a_submodule_with_two_names_is_grown_under_both() -> None:
+    inputs = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    for path in ("blocks.0", "first"):
+        model = grown_alone(Aliased(), path, inputs)
+        assert torch.equal(model.export()(inputs), model(inputs))
+
+
+def test_a_host_that_cannot_be_exported_is_told_so(kit: Any) -> None:
+    class UsesAttributes(nn.Module):
+        """A tied head: reads the weight of the grown submodule."""
+
         def __init__(self) -> None:
             super().__init__()
             self.map = nn.Linear(6, 6)
 
-        def forward(self, *inputs: Tensor, **options: Any) -> Tensor:
-            return self.map(inputs[0])
+        def forward(self, x: Tensor) -> Tensor:
+            return self.map(x) @ self.map.weight
 
-    model = GrowableModel(nn.Sequential(Open()), {"a": "0"}, torch.ones(2, 6), config=LENIENT)
-    model.germinate("a", "norm")
-    lead_to(model, "a", Stage.FOSSILIZED, torch.ones(2, 6))
-    with pytest.raises(SlotError, match=r"slot 'a': `0` takes \*inputs"):
-        model.export()
+    class Hides(nn.Module):
+        """Calls a submodule through a list that is no ModuleList."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.map = nn.Linear(6, 6)
+            self.hidden = [self.map]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.hidden[0](x)
+
+    inputs = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    for host, match in ((UsesAttributes(), "no attribute .weight."), (Hides(), "must compute what the model does")):
+        model = grown_alone(host, "map", inputs)
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        with pytest.raises(SlotError, match=match):
+            model.export()
+        assert kit.same(before, dict(model.state_dict()))

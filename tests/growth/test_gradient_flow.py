@@ -46,12 +46,13 @@ def awaken(model: Any, slot: str) -> None:
             parameter.normal_(std=0.3, generator=generator)
 
 
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_the_gradient_of_a_blended_seed_is_that_of_plain_autograd(operator: Operator) -> None:
+def test_the_gradient_of_a_blended_seed_is_that_of_plain_autograd(operator: Operator, alpha: float) -> None:
     """Against the same computation written out by hand."""
     case = HostCase("NC")
     model = case.model()
-    model.germinate("late", Sowing(blueprint="low_rank", operator=operator, alpha_target=0.5, blend_ticks=1))
+    model.germinate("late", Sowing(blueprint="low_rank", operator=operator, alpha_target=alpha, blend_ticks=1))
     lead_to(model, "late", Stage.HOLDING, case.example())
     awaken(model, "late")
     model.eval()
@@ -65,7 +66,7 @@ def test_the_gradient_of_a_blended_seed_is_that_of_plain_autograd(operator: Oper
     h = inner @ body.weight.T + body.bias
     s = h @ seed.body.down.weight.T @ seed.body.up.weight.T
     gate = seed.gate(h) if seed.gate is not None else 1.0
-    mixed = h * (1 + 0.5 * torch.tanh(s)) if operator == "scale" else h + 0.5 * gate * s
+    mixed = h * (1 + alpha * torch.tanh(s)) if operator == "scale" else h + alpha * gate * s
     host.get_submodule("head")(act(mixed)).square().mean().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None

@@ -44,7 +44,7 @@ STATES = states()
 OPERATIONS: dict[str, Callable[[SlotState], SlotState]] = {
     "germinate": lambda state: lifecycle.germinated(state, SOWING, 50),
     "advance": lambda state: lifecycle.advanced(state, 50),
-    "retarget": lambda state: lifecycle.retargeted(state, 50, 0.4, 3, "cosine"),
+    "retarget": lambda state: lifecycle.retargeted(state, 50, 0.4, over=3, curve="cosine"),
     "prune now": lambda state: lifecycle.pruned(state, 50, 0, "test"),
     "prune over": lambda state: lifecycle.pruned(state, 50, 3, "test"),
     "fossilize": lambda state: lifecycle.fossilized(state, 50),
@@ -135,7 +135,7 @@ def test_holding_never_moves_by_itself() -> None:
 @pytest.mark.parametrize("stage", [Stage.BLENDING, Stage.HOLDING], ids=lambda stage: stage.name)
 def test_retargeting_starts_where_alpha_is(stage: Stage) -> None:
     state = STATES[stage]
-    moved = lifecycle.retargeted(state, 50, 0.4, 4, "linear")
+    moved = lifecycle.retargeted(state, 50, 0.4, over=4, curve="linear")
     assert moved.stage is Stage.BLENDING and moved.alpha == state.alpha and moved.alpha_target == 0.4
     alphas = [ticks(moved, count).alpha for count in range(5)]
     assert alphas == pytest.approx([state.alpha + (0.4 - state.alpha) * count / 4 for count in range(5)])
@@ -143,7 +143,7 @@ def test_retargeting_starts_where_alpha_is(stage: Stage) -> None:
 
 
 def test_retargeting_over_no_ticks_snaps() -> None:
-    moved = lifecycle.retargeted(STATES[Stage.HOLDING], 50, 0.4, 0, "linear")
+    moved = lifecycle.retargeted(STATES[Stage.HOLDING], 50, 0.4, over=0, curve="linear")
     assert (moved.stage, moved.alpha, moved.alpha_target, moved.ramp) == (Stage.BLENDING, 0.4, 0.4, None)
 
 
@@ -163,7 +163,7 @@ def test_a_prune_ramp_can_be_cancelled_and_then_advances_again() -> None:
     assert pruning.is_pruning
     with pytest.raises(SlotError, match="cancel the prune"):
         lifecycle.advanced(pruning, 51)
-    kept = lifecycle.retargeted(pruning, 51, 1.0, 2, "linear")
+    kept = lifecycle.retargeted(pruning, 51, 1.0, over=2, curve="linear")
     assert not kept.is_pruning and kept.prune_reason is None
     kept = ticks(kept, 2)
     assert kept.alpha == 1.0 and lifecycle.advanced(kept, 60).stage is Stage.HOLDING
@@ -197,7 +197,7 @@ def test_a_removed_seed_is_seen_for_a_tick() -> None:
 def test_history_is_bounded() -> None:
     state = STATES[Stage.HOLDING]
     for tick in range(HISTORY_LIMIT):
-        state = lifecycle.retargeted(state, tick, 0.5, 1, "linear")
+        state = lifecycle.retargeted(state, tick, 0.5, over=1, curve="linear")
         state = lifecycle.advanced(ticks(state, 1), tick)
     assert len(state.history) == HISTORY_LIMIT
     assert state.history[-1].stage is Stage.HOLDING
@@ -224,13 +224,19 @@ def test_a_wrong_sowing_is_refused(change: dict[str, Any], match: str) -> None:
 @pytest.mark.parametrize(
     ("move", "match"),
     [
-        (lambda s: lifecycle.retargeted(s, 0, 0.0, 3, "linear"), "`target`.*prune it"),
-        (lambda s: lifecycle.retargeted(s, 0, 1.1, 3, "linear"), "`target`"),
-        (lambda s: lifecycle.retargeted(s, 0, 0.5, -1, "linear"), "`over` must be >= 0 ticks, got -1"),
-        (lambda s: lifecycle.retargeted(s, 0, 0.5, 3, "cubic"), "`curve`"),
+        (lambda s: lifecycle.retargeted(s, 0, 0.0, over=3, curve="linear"), "`target`.*prune it"),
+        (lambda s: lifecycle.retargeted(s, 0, 1.1, over=3, curve="linear"), "`target`"),
+        (lambda s: lifecycle.retargeted(s, 0, 0.5, over=-1, curve="linear"), "`over` must be >= 0 ticks, got -1"),
+        (lambda s: lifecycle.retargeted(s, 0, 0.5, over=3, curve="cubic"), "`curve`"),
         (lambda s: lifecycle.pruned(s, 0, -1, "test"), "`over` must be >= 0"),
     ],
 )
 def test_a_wrong_argument_is_named(move: Callable[[SlotState], SlotState], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         move(STATES[Stage.HOLDING])
+
+
+def test_a_fossil_is_frozen_where_asked_and_forgets_it_when_it_is_cut_out() -> None:
+    frozen = lifecycle.fossilized(STATES[Stage.HOLDING], 50, freeze=True)
+    assert frozen.frozen and not STATES[Stage.FOSSILIZED].frozen
+    assert not lifecycle.excised(frozen, 60, "test").frozen

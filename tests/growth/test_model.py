@@ -92,17 +92,19 @@ def test_the_host_keeps_its_keys_and_loads_its_checkpoints(kit: Any, live_stage:
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
 def test_a_seed_that_is_not_finite_is_pruned_and_nothing_else_notices(kit: Any, value: float) -> None:
     run, twin = kit.run(CASE), kit.run(CASE)
-    run.sow("early", "mlp", Stage.TRAINING)
-    run.sow("late", "mlp", Stage.TRAINING)
-    run.model.clock = twin.model.clock
+    for each in (run, twin):
+        each.sow("early", "mlp", Stage.TRAINING)
+        each.sow("late", "mlp", Stage.TRAINING)
     with torch.no_grad():
         next(iter(run.model.slot("early").seed.parameters())).fill_(value)
     for _ in range(3):
         assert kit.same(run.step(), twin.step())
         run.model.tick()
+        twin.model.tick()
     assert run.model.stages() == {"early": Stage.EMBARGOED, "late": Stage.TRAINING}
     assert run.model.slot("early").state.prune_reason == "quarantined: not finite"
     assert kit.same(run.model.host.state_dict(), twin.model.host.state_dict())
+    assert kit.same(run.model.slot("late").state_dict(), twin.model.slot("late").state_dict())
     assert run.members() == run.owned()
     run.state.verify()
 

@@ -69,9 +69,7 @@ def test_scale_never_turns_the_feature_round() -> None:
     assert torch.equal(feature + Seed(Huge(), "scale", 3, "NC")(feature), torch.zeros(2, 3))
 
 
-@pytest.mark.parametrize(
-    ("layout", "shape"), [("NC", (2, 3)), ("NCL", (2, 3, 4)), ("NLC", (2, 4, 3)), ("NCHW", (2, 3, 4, 5))]
-)
+@pytest.mark.parametrize(("layout", "shape"), [("NC", (2, 3)), ("NCL", (2, 3, 4)), ("NLC", (2, 4, 3)), ("NCHW", (2, 3, 4, 5))])
 def test_pooling_keeps_samples_and_channels(layout: Layout, shape: tuple[int, ...]) -> None:
     feature = torch.arange(float(math.prod(shape))).reshape(shape)
     result = pooled(feature, layout)

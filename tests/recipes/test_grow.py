@@ -110,7 +110,10 @@ def test_the_best_grown_network_on_the_decision_split_is_the_artefact(finished: 
     first, second = ((finished.directory / f"{name}.safetensors").read_bytes() for name in names)
     assert first == second
     weights = load_file(finished.directory / "grown.safetensors")
-    assert sum(value.numel() for name, value in weights.items() if "running" not in name and "num_b" not in name) == best.parameters
+    assert (
+        sum(value.numel() for name, value in weights.items() if "running" not in name and "num_b" not in name)
+        == best.parameters
+    )
 
 
 def test_the_artefact_runs_where_morphogen_is_not_installed(finished: GrowResult, tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
+import os
 import random
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer, lr_scheduler
 
+from morphogen.errors import CheckpointError
 from morphogen.state import TrainingState
 
 NUM_TOKENS, WIDTH, BATCH = 7, 6, 4
@@ -279,6 +282,36 @@ def build_run(optimizer: str = "adam", schedule: str = "none", *, seed: int = 0,
     return Run(model, optimizers, schedulers, extras, state)
 
 
+class Malicious:
+    """Unpickling it makes a directory: the least that code inside a checkpoint can do."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, (str(self.marker),)
+
+
+def saved(tmp_path: Path, optimizer: str = "adamw-groups") -> Run:
+    """A checkpoint of some steps ago, and the run, trained on since."""
+    run = build_run(optimizer, "sequential")
+    run.steps(2)
+    run.state.save(tmp_path / "c", user_data={"step": 3})
+    run.steps(2)
+    return run
+
+
+def refused(run: Run, path: Path, message: str) -> str:
+    """Check that loading ``path`` fails and changes nothing; return the error's text."""
+    before, identities, snapshot = run.contents(), run.identities(), run.state.capture()
+    with pytest.raises(CheckpointError, match=message) as caught:
+        run.state.load(path)
+    assert same(run.contents(), before)
+    assert run.identities() == identities
+    assert run.state.capture().checksum() == snapshot.checksum()
+    return str(caught.value)
+
+
 @dataclasses.dataclass(frozen=True)
 class Kit:
     """What tests of this folder share."""
@@ -289,6 +322,9 @@ class Kit:
     tensors: Callable[[nn.Module], dict[str, Tensor]] = naive_tensors
     optimizer: Callable[[Optimizer], dict[str, Any]] = naive_optimizer
     schedule: Callable[[Any], dict[str, Any]] = naive_schedule
+    saved: Callable[..., Run] = saved
+    refused: Callable[[Run, Path, str], str] = refused
+    malicious: Callable[[Path], object] = Malicious
 
 
 @pytest.fixture(scope="session")

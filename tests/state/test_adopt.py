@@ -61,7 +61,7 @@ def test_what_is_taken_over_and_what_is_kept(kit: Any, optimizer: str, strategy:
     now = target.contents()
     for part in ("tensors", "ema", "tally", "hidden"):
         assert kit.same(now[part], theirs[part])
-    for part in ("schedulers", "streams", "training", "trainable"):
+    for part in ("schedulers", "streams", "training"):
         assert kit.same(now[part], before[part])
     assert kit.same(now["global"], chance)
     for part in target.optimizers:
@@ -185,16 +185,33 @@ def test_moments_of_another_kind_are_refused_and_nothing_changes(kit: Any, their
 def test_a_parameter_that_only_one_side_steps_is_refused_by_name(kit: Any, side: str) -> None:
     source, target = pair(kit, "adam", "none")
     run = source if side == "source" else target
-    run.model.body.requires_grad_(False)
-    run.state.reshape()
+    left_out, optimizer = run.model.body.weight, run.optimizers[""]
+    optimizer.param_groups[0]["params"] = [p for p in optimizer.param_groups[0]["params"] if p is not left_out]
+    del optimizer.state[left_out]
     before = target.contents()
     message = "the source has no moments for" if side == "source" else "the target's optimizer does not hold"
     with pytest.raises(StateMismatch, match=f"{message} `body.weight`"):
         target.state.adopt(source.state.capture(), "copy")
     assert kit.same(target.contents(), before)
     target.state.adopt(source.state.capture(), "adaptive")
-    assert ("body.weight" in moments(target)) is False
+    assert "body.weight" not in moments(target)
     assert "embed.weight" in moments(target)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_what_is_frozen_is_taken_over_and_membership_follows(kit: Any, strategy: Any) -> None:
+    source, target = pair(kit, "adam")
+    source.model.body.requires_grad_(False)
+    target.model.norm.requires_grad_(False)
+    target.state.reshape()
+    target.state.adopt(source.state.capture(), strategy)
+    frozen = {name for name, parameter in target.model.named_parameters() if not parameter.requires_grad}
+    assert frozen == {"body.weight", "body.bias", "frozen.weight", "frozen.bias"}
+    target.state.verify()
+    expected = {} if strategy == "reset" else {name for name in moments(source) if "body" not in name}
+    assert set(moments(target)) == set(expected)
+    target.steps(2)
+    assert kit.same(target.model.body.weight, source.model.body.weight)
 
 
 def test_lbfgs_copies_only_between_equal_orders(kit: Any) -> None:
@@ -247,16 +264,14 @@ class Whitened(nn.Linear):
         self.scale = float(state)
 
 
-def test_extra_states_belong_to_the_weights_and_frozen_flags_to_the_run() -> None:
+def test_extra_states_belong_to_the_weights_and_train_mode_to_the_run() -> None:
     def run(scale: float) -> tuple[nn.Module, nn.Module, TrainingState]:
         model, slow = Whitened(2, 1), Whitened(2, 1)
         model.scale, slow.scale = scale, -scale
         return model, slow, TrainingState(model, extras={"ema": slow})
 
     source, target = run(3.0), run(5.0)
-    source[0].bias.requires_grad_(False)
     source[0].eval()
     target[2].adopt(source[2].capture())
     assert (target[0].scale, target[1].scale) == (3.0, -3.0)
-    assert target[0].bias.requires_grad
     assert target[0].training

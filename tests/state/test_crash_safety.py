@@ -158,7 +158,7 @@ def test_the_first_save_cut_short_leaves_nothing_that_loads(monkeypatch: pytest.
     with monkeypatch.context() as patch:
         disk = Disk(patch, -1, Killed)
         state.save(tmp_path / "count" / "deep")
-    assert disk.calls[:4] == ["mkdir", "mkdir", "mkdir", "open"] or disk.calls[0] == "mkdir"
+    assert disk.calls[0] == "mkdir"
     commit = len(disk.calls) - 1 - disk.calls[::-1].index("replace")
     for fatal in range(commit + 1):
         path = tmp_path / str(fatal) / "deep"

@@ -80,7 +80,7 @@ FOREIGN_OPTIMIZER: dict[str, tuple[Callable[[Snapshot], Snapshot], str]] = {
     ),
     "moment missing": (
         lambda s: edited(s, lambda t: t["optimizer"].pop("body.weight.exp_avg")),
-        r"moment `exp_avg` of `body\.weight` is missing from the snapshot",
+        r"the moment .body\.weight\.exp_avg. is missing",
     ),
     "missing scheduler": (
         lambda s: edited(s, None, lambda m: m["scheduler"].clear()),

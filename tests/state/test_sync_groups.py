@@ -91,7 +91,9 @@ class Membership(RuleBasedStateMachine):
 
     def sync(self, options: dict[str, dict[str, float]] | None = None) -> None:
         groups = self.optimizer.param_groups
-        before = {id(group): {k: v for k, v in group.items() if k not in ("params", "param_names", "owner")} for group in groups}
+        before = {
+            id(group): {k: v for k, v in group.items() if k not in ("params", "param_names", "owner")} for group in groups
+        }
         dicts = {group["owner"]: id(group) for group in groups if "owner" in group}
         state = copy.deepcopy({id(p): dict(values) for p, values in self.optimizer.state.items()})
         sync_groups(self.optimizer, self.owners, options=options, schedulers=self.schedulers[:1])
@@ -206,9 +208,7 @@ def test_a_newborn_under_a_rate_of_zero_goes_by_the_initial_rate() -> None:
     host, seed = parameter(), parameter()
     optimizer = torch.optim.SGD([host], lr=0.1)
     scheduler = lr_scheduler.LambdaLR(optimizer, lambda step: min(step, 4) / 4)  # warm-up from zero
-    sync_groups(
-        optimizer, {"host": [host], "seed": [seed]}, options={"seed": {"lr": 0.02}}, schedulers=[scheduler]
-    )
+    sync_groups(optimizer, {"host": [host], "seed": [seed]}, options={"seed": {"lr": 0.02}}, schedulers=[scheduler])
     for _ in range(6):
         optimizer.step()
         scheduler.step()

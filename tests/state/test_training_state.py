@@ -12,6 +12,7 @@ from torch import nn
 
 from morphogen.state import TrainingState
 
+
 def test_a_restored_run_continues_bit_identically(kit: Any, any_optimizer: str, any_schedule: str) -> None:
     run = kit.build(any_optimizer, any_schedule)
     run.steps(3)

@@ -1,0 +1,1 @@
+"""The command line; holds no logic of its own."""

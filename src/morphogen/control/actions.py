@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 
+from morphogen.errors import SlotError
 from morphogen.growth import GrowableModel, Sowing
 from morphogen.growth.gates import GateResult
 
@@ -28,8 +30,8 @@ class Action:
         op: What to do.
         slot: Where; None for WAIT alone.
         sowing: What to germinate; for GERMINATE alone.
-        alpha_target: For SET_ALPHA_TARGET, in (0, 1].
-        over: Ticks of the ramp of SET_ALPHA_TARGET or PRUNE.
+        alpha_target: In (0, 1]; for SET_ALPHA_TARGET alone.
+        over: Ticks of the ramp: >= 1 for SET_ALPHA_TARGET, >= 0 for PRUNE, else 0.
         reason: Why, in a few words, for the log.
     """
 
@@ -42,10 +44,22 @@ class Action:
 
     def __post_init__(self) -> None:
         """Check that what the op needs is there, and nothing that would be ignored."""
+        op = self.op.name
         if (self.op is Op.WAIT) != (self.slot is None):
-            raise ValueError(f"`slot` must be given for every op but WAIT, got {self.slot!r} for {self.op.name}. Mend the policy.")
+            raise ValueError(f"`slot` must be given for every op but WAIT, got {self.slot!r} for {op}. Mend the policy.")
         if (self.op is Op.GERMINATE) != (self.sowing is not None):
-            raise ValueError(f"`sowing` must be given for GERMINATE alone, got {self.sowing} for {self.op.name}. Mend the policy.")
+            raise ValueError(f"`sowing` must be given for GERMINATE alone, got {self.sowing} for {op}. Mend the policy.")
+        if not 0.0 < self.alpha_target <= 1.0:
+            raise ValueError(f"`alpha_target` must be in (0, 1], got {self.alpha_target}. To remove a seed, prune it.")
+        if self.op is not Op.SET_ALPHA_TARGET and self.alpha_target != 1.0:
+            raise ValueError(f"`alpha_target` must be left out, got {self.alpha_target} for {op}. Mend the policy.")
+        least, most = _OVER.get(self.op, (0, 0))
+        if not least <= self.over <= most:
+            rule = f">= {least} ticks" if most else "left out"
+            raise ValueError(f"`over` must be {rule}, got {self.over} for {op}. Mend the policy.")
+
+
+_OVER: dict[Op, tuple[int, float]] = {Op.SET_ALPHA_TARGET: (1, math.inf), Op.PRUNE: (0, math.inf)}
 
 
 def execute(model: GrowableModel, action: Action) -> GateResult | None:
@@ -60,11 +74,20 @@ def execute(model: GrowableModel, action: Action) -> GateResult | None:
         assert action.sowing is not None
         model.germinate(action.slot, action.sowing)
     elif action.op is Op.ADVANCE:
-        return model.advance(action.slot)
+        return _passed(action, model.advance(action.slot))
     elif action.op is Op.SET_ALPHA_TARGET:
         model.set_alpha_target(action.slot, action.alpha_target, over=action.over)
     elif action.op is Op.PRUNE:
         model.prune(action.slot, over=action.over, reason=action.reason or "pruned by the policy")
     elif action.op is Op.FOSSILIZE:
-        return model.fossilize(action.slot)
+        return _passed(action, model.fossilize(action.slot))
     return None
+
+
+def _passed(action: Action, gate: GateResult) -> GateResult:
+    if not gate.passed:
+        lacking = ", ".join(check.value for check in gate.refusals)
+        raise SlotError(
+            f"slot {action.slot!r} must have {lacking} to become {gate.into.name.lower()}, and has not. Ask the mask first."
+        )
+    return gate

@@ -64,6 +64,11 @@ class Periodic:
     blueprints: Sequence[Sowing]
     interval_ticks: int = 3
 
+    def __post_init__(self) -> None:
+        """Check the interval."""
+        if self.interval_ticks < 1:
+            raise ValueError(f"`interval_ticks` must be >= 1, got {self.interval_ticks}. 1 germinates whenever it can.")
+
     def act(self, observation: Observation, mask: ActionMask, generator: np.random.Generator) -> Action:
         """Return FOSSILIZE or ADVANCE where possible, else GERMINATE when it is time, else WAIT."""
         for op in (Op.FOSSILIZE, Op.ADVANCE):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from morphogen.config import Config
 
@@ -12,27 +12,48 @@ Strategy = Literal["auto", "restore", "reset", "zero_momentum"]
 
 
 class ExplosionConfig(Config):
-    """When a loss or gradient norm counts as exploded: one-sided, robust, free of units.
+    """When a loss or gradient norm counts as exploded: one-sided, without units, for losses of any scale and sign.
 
-    A value x is flagged when x > median + sigmas * spread over the last ``window_steps`` clean values, where
-    spread = max(1.4826 * MAD, floor). The floor is ``loss_floor`` * |median| for the loss, which may be near or below zero,
-    and ``log_norm_floor`` for the logarithm of the gradient norm.
+    Of the last ``window_steps`` clean values before the newest ``lag_steps``, take the median and
+    spread = max(highest - median, floor). A value is flagged when it exceeds median + spike * spread, or when it is the last of
+    ``run_steps`` in a row above median + ``sustained`` * spread. The floor is ``loss_floor`` * |median| for the loss and
+    ``log_norm_floor`` for the natural logarithm of the gradient norm.
 
     Attributes:
-        window_steps: Clean values remembered.
-        min_steps: Values seen before anything is judged.
-        loss_sigmas: For the loss.
+        window_steps: Clean values that set the limits.
+        lag_steps: Newest clean values, which are judged and do not yet set limits, so that growth is not learned as normal.
+        min_steps: Clean values seen before anything is judged, newest ones included.
+        run_steps: Values in a row above the lower limit that are an explosion.
+        sustained: The lower limit, in spreads above the median.
+        loss_spike: The limit for a single loss, in spreads above the median.
         loss_floor: Least spread of the loss, as a share of its median's size.
-        log_norm_sigmas: For the natural logarithm of the gradient norm.
+        log_norm_spike: The limit for a single logarithm of the gradient norm.
         log_norm_floor: Least spread of that logarithm.
     """
 
     window_steps: int = Field(default=128, ge=8)
-    min_steps: int = Field(default=20, ge=4)
-    loss_sigmas: float = Field(default=10.0, gt=0)
-    loss_floor: float = Field(default=0.08, ge=0)
-    log_norm_sigmas: float = Field(default=8.0, gt=0)
-    log_norm_floor: float = Field(default=0.3, gt=0)
+    lag_steps: int = Field(default=16, ge=1)
+    min_steps: int = Field(default=64, ge=4)
+    run_steps: int = Field(default=2, ge=1)
+    sustained: float = Field(default=1.5, gt=0)
+    loss_spike: float = Field(default=10.0, gt=0)
+    loss_floor: float = Field(default=0.25, gt=0)
+    log_norm_spike: float = Field(default=3.0, gt=0)
+    log_norm_floor: float = Field(default=0.6, gt=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.lag_steps < self.min_steps <= self.window_steps + self.lag_steps:
+            raise ValueError(
+                f"`min_steps` must be above `lag_steps` = {self.lag_steps} and at most `window_steps` + `lag_steps` = "
+                f"{self.window_steps + self.lag_steps}, got {self.min_steps}. Else nothing is ever judged."
+            )
+        if self.run_steps > self.lag_steps:
+            raise ValueError(
+                f"`run_steps` must be at most `lag_steps` = {self.lag_steps}, got {self.run_steps}. Else the run sets the "
+                "limit it is judged by."
+            )
+        return self
 
 
 class GovernorConfig(Config):
@@ -44,11 +65,12 @@ class GovernorConfig(Config):
         snapshot_every: Steps between snapshots, at least; a new one is taken when the one before has passed its probation.
         probation_steps: Clean steps after which a snapshot becomes last-known-good.
         generations: Good snapshots kept.
-        patience: Alarms within ``alarm_window_steps`` that turn skipping into rewinding.
+        patience: Alarms within ``alarm_window_steps`` that turn skipping into rewinding; one more after each rewind that did
+            not help, up to the whole window.
         alarm_window_steps: See ``patience``.
-        max_rewinds: Rewinds without a new good generation in between, after which training has collapsed.
+        max_rewinds: Rewinds without getting past the fault in between, after which training has collapsed.
         optimizer: What a rewind does to moments. "auto" restores them where the snapshot has them, else resets.
-        learning_rate_penalty: Factor on every learning rate from the second such rewind on.
+        learning_rate_penalty: Factor on every learning rate with the second such rewind and each one after it.
         penalty: Carried by the ``Rollback`` event for whoever trains a policy.
         explosion: The explosion detector.
     """
@@ -64,3 +86,12 @@ class GovernorConfig(Config):
     learning_rate_penalty: float = Field(default=0.5, gt=0, le=1)
     penalty: float = 10.0
     explosion: ExplosionConfig = ExplosionConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.patience > self.alarm_window_steps:
+            raise ValueError(
+                f"`patience` must be at most `alarm_window_steps` = {self.alarm_window_steps}, got {self.patience}. Else no "
+                "number of alarms leads to a rewind."
+            )
+        return self

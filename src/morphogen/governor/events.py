@@ -29,7 +29,7 @@ class Rollback(Event):
         optimizer_strategy: "restore", "reset" or "zero_momentum".
         learning_rate_factor: Factor applied to every learning rate after the rewind.
         penalty: As configured, for whoever trains a policy.
-        count: Rewinds since the last new good generation, this one included.
+        count: Rewinds since the run last got past a fault, this one included.
     """
 
     reason: str

@@ -33,6 +33,8 @@ class Finding:
         value: What was seen.
         threshold: What it crossed; None where there is no number to cross.
         window_steps: Steps of history the threshold came from; 0 for none.
+        lasted_steps: Steps since the fault first showed, this one included and alarms in between not, as far as the detector
+            remembers.
         non_finite: Whether the fault is NaN or Inf, so that the step must not be taken whatever happens.
     """
 
@@ -41,4 +43,5 @@ class Finding:
     value: float
     threshold: float | None = None
     window_steps: int = 0
+    lasted_steps: int = 1
     non_finite: bool = False

@@ -14,12 +14,11 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from morphogen.growth.lifecycle import Stage
+from morphogen.growth.lifecycle import ACTING
 from morphogen.growth.model import GrowableModel
 
 PerSampleMetric = Callable[[Tensor, Tensor], Tensor]
 """(outputs, targets) -> one value per sample, shape (N,); larger is better."""
-_ACTING = (Stage.BLENDING, Stage.HOLDING, Stage.FOSSILIZED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +56,14 @@ def measure_contributions(
         slots: Which slots; by default every acting one.
 
     Raises:
-        ValueError: There is no batch.
+        SlotError: One of ``slots`` is unknown or not acting.
+        ValueError: There is no batch, or ``metric`` does not return one value per sample.
     """
-    acting = [name for name, stage in model.stages().items() if stage in _ACTING]
-    measured = acting if slots is None else [name for name in slots if name in acting]
+    if slots is None:
+        measured = [name for name, stage in model.stages().items() if stage in ACTING]
+    else:
+        measured = list(slots)
+        model.check_acting(measured)
     modes = [(part, part.training) for part in model.modules()]
     model.eval()
     try:
@@ -78,12 +81,8 @@ def measure_contributions(
     return ContributionResult(float(values_KN[0].mean()), {name: Contribution(mean, error) for name, mean, error in pairs})
 
 
-def _ablated(
-    model: GrowableModel, inputs: Tensor, targets: Tensor, metric: PerSampleMetric, slots: Sequence[str]
-) -> Tensor:
+def _ablated(model: GrowableModel, inputs: Tensor, targets: Tensor, metric: PerSampleMetric, slots: Sequence[str]) -> Tensor:
     """Return the metric per sample, shape (1 + K, N): intact first, then one row for each slot switched off."""
-    if not slots:
-        return metric(model(inputs), targets).unsqueeze(0)
     copies, count = len(slots) + 1, inputs.shape[0]
     present = model.alphas()
     alphas = {name: inputs.new_full((copies * count,), present[name], dtype=torch.float32) for name in slots}
@@ -91,7 +90,12 @@ def _ablated(
         alphas[name][row * count : (row + 1) * count] = 0.0
     repeated = inputs.repeat(copies, *(1 for _ in range(inputs.ndim - 1)))
     outputs = model(repeated, alphas=alphas)
-    return metric(outputs, targets.repeat(copies, *(1 for _ in range(targets.ndim - 1)))).reshape(copies, count)
+    values = metric(outputs, targets.repeat(copies, *(1 for _ in range(targets.ndim - 1))))
+    if values.shape != (copies * count,):
+        raise ValueError(
+            f"`metric` must return one value per sample, shape ({copies * count},), got {tuple(values.shape)}. Do not average."
+        )
+    return values.reshape(copies, count)
 
 
 def _set_modes(modes: list[tuple[nn.Module, bool]]) -> None:

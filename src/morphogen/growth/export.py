@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
-from typing import Any
+import inspect
+from collections.abc import Generator, Mapping
+from typing import Any, cast
 
+import torch
 from torch import Tensor, fx, nn
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
 
+from morphogen.errors import SlotError
 from morphogen.growth.operators import Seed
-from morphogen.growth.slots import SeedSlot
+from morphogen.growth.probing import Example, example_call, untouched
+from morphogen.growth.slots import SeedSlot, hooks_of
+
+_HOOK_TABLES = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 
 
 def plain_module(host: nn.Module, slots: Mapping[str, SeedSlot]) -> nn.Module:
@@ -19,63 +27,119 @@ def plain_module(host: nn.Module, slots: Mapping[str, SeedSlot]) -> nn.Module:
     Each grown submodule becomes a ``torch.fx.GraphModule`` made of the submodule and the seed's torch layers, so the result
     consists of the host's own classes and torch's. It trains, moves and saves like any other module.
     """
+    behind = {name: _hooks_behind(host, slot) for name, slot in slots.items()}
     with _unhooked(host, slots):
         plain = copy.deepcopy(host)
-    for slot in slots.values():
-        if slot.seed is None or slot.mix not in ("blend", "full"):
-            continue
-        grown = _grown(plain.get_submodule(slot.site.path), copy.deepcopy(slot.seed), slot.state.alpha)
-        plain = _replaced(plain, slot.site.path, grown)
+    acting = [slot for slot in slots.values() if slot.seed is not None and slot.mix in ("blend", "full")]
+    for slot in sorted(acting, key=lambda slot: _depth(slot.site.path), reverse=True):  # a path leads through its parents
+        base = plain.get_submodule(slot.site.path)
+        grown = _grown(base, copy.deepcopy(cast("Seed", slot.seed)), float(slot.alpha))
+        _move_hooks(base, grown, behind[slot.name])
+        plain = _replaced(plain, base, grown)
     return plain.eval()
 
 
+def check_same(host: nn.Module, plain: nn.Module, example: Example) -> None:
+    """Run both modules on ``example``; SlotError if the plain one computes something else, or cannot run."""
+    args, kwargs = example_call(example)
+    with untouched(host):
+        expected = pytree.tree_leaves(host(*args, **kwargs))
+    try:
+        with untouched(plain):
+            found = pytree.tree_leaves(plain(*args, **kwargs))
+    except (AttributeError, TypeError) as error:
+        raise SlotError(
+            f"the host must call its grown submodules and no more, to be exported: {error}. "
+            "Move the growth point to a submodule whose attributes the host does not use."
+        ) from error
+    for ours, theirs in zip(expected, found, strict=True):
+        if isinstance(ours, Tensor) and not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-4, equal_nan=True):
+            raise SlotError(
+                "the exported module must compute what the model does, and does not: the host reaches a grown submodule "
+                "other than through its registered name. Register it once, and call it by that name."
+            )
+
+
+def _depth(path: str) -> int:
+    return path.count(".") + 1 if path else 0
+
+
+def _is_ours(hook: object, slot: SeedSlot) -> bool:
+    return getattr(hook, "__self__", None) is slot
+
+
+def _hooks_behind(host: nn.Module, slot: SeedSlot) -> list[int]:
+    """Return the keys of hooks that run after ours, and so see the grown feature."""
+    hooks = hooks_of(host.get_submodule(slot.site.path))
+    keys = list(hooks)
+    ours = next(index for index, key in enumerate(keys) if _is_ours(hooks[key], slot))
+    return keys[ours + 1 :]
+
+
+def _move_hooks(base: nn.Module, grown: nn.Module, keys: list[int]) -> None:
+    for name in _HOOK_TABLES:
+        table: dict[int, Any] = getattr(base, name)
+        getattr(grown, name).update({key: table.pop(key) for key in keys if key in table})
+
+
 @contextlib.contextmanager
-def _unhooked(host: nn.Module, slots: Mapping[str, SeedSlot]) -> Iterator[None]:
+def _unhooked(host: nn.Module, slots: Mapping[str, SeedSlot]) -> Generator[None]:
     """Take our hooks off while the host is copied; other people's hooks stay and are copied."""
     removed: list[tuple[dict[int, Any], dict[int, Any]]] = []
     for slot in slots.values():
-        hooks: dict[int, Any] = host.get_submodule(slot.site.path)._forward_hooks
+        hooks = hooks_of(host.get_submodule(slot.site.path))
         removed.append((hooks, dict(hooks)))
-        for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is slot]:
+        for key in [key for key, hook in hooks.items() if _is_ours(hook, slot)]:
             del hooks[key]
     try:
         yield
     finally:
-        for hooks, before in removed:
+        for hooks, before in reversed(removed):
             hooks.clear()
             hooks.update(before)
 
 
-def _replaced(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
-    if not path:
-        return module
-    parent, _, name = path.rpartition(".")
-    setattr(root.get_submodule(parent), name, module)
+def _replaced(root: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+    """Return ``root`` with ``new`` in place of ``old`` under every name it is registered by."""
+    if root is old:
+        return new
+    places = [path.rpartition(".") for path, part in root.named_modules(remove_duplicate=False) if part is old]
+    for parent, _, name in places:
+        setattr(root.get_submodule(parent), name, new)
     return root
 
 
-class _Grown(nn.Module):
-    """The submodule with its seed, in the form that is traced into plain operations."""
+class _Tail(nn.Module):
+    """What a seed adds to a feature, in the form that is traced into plain operations."""
 
-    def __init__(self, base: nn.Module, seed: Seed, alpha: float) -> None:
+    def __init__(self, seed: Seed, alpha: float) -> None:
         super().__init__()
-        self.base = base
         self.seed = seed
         self._alpha = alpha
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.base(x)
+    def forward(self, h: Tensor) -> Tensor:
         residual = self.seed(h)
         return h + (residual if self._alpha == 1.0 else residual * self._alpha)
 
 
-class _Tracer(fx.Tracer):
-    """Traces through our modules down to torch's; the host's submodule is kept whole, whatever its class."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name == "base" or super().is_leaf_module(m, module_qualified_name)
-
-
 def _grown(base: nn.Module, seed: Seed, alpha: float) -> nn.Module:
-    module = _Grown(base, seed, alpha)
-    return fx.GraphModule(module, _Tracer().trace(module), class_name="Grown")
+    """Return the submodule with its seed; it takes the arguments that the submodule takes."""
+    tail = fx.Tracer().trace(_Tail(seed, alpha))
+    graph = fx.Graph()
+    feature = next(node for node in tail.nodes if node.op == "placeholder")
+    graph.output(graph.graph_copy(tail, {feature: _call_base(graph, base)}))
+    root = nn.Module()
+    root.base, root.seed = base, seed
+    return fx.GraphModule(root, graph, class_name="Grown")
+
+
+def _call_base(graph: fx.Graph, base: nn.Module) -> fx.Node:
+    parameters = inspect.signature(base.forward).parameters.values()
+    if any(parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) for parameter in parameters):
+        args, kwargs = graph.placeholder("*args"), graph.placeholder("**kwargs")
+        return graph.call_function(functional_call, (graph.get_attr("base"), {}, args, kwargs))
+    nodes = {parameter: graph.placeholder(parameter.name, default_value=parameter.default) for parameter in parameters}
+    named: dict[str, Any] = {
+        parameter.name: node for parameter, node in nodes.items() if parameter.kind is parameter.KEYWORD_ONLY
+    }
+    return graph.call_module("base", tuple(node for node in nodes.values() if node not in named.values()), named)

@@ -15,6 +15,15 @@ _CHANNELS_FIRST = (nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d, nn.InstanceNor
 _CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.MultiheadAttention, nn.RMSNorm, nn.RNNBase)
 
 
+def check_layout(feature: Tensor, layout: Layout) -> None:
+    """Raise SlotError if ``feature`` has another number of axes than ``layout``."""
+    if feature.ndim != len(layout):
+        raise SlotError(
+            f"layout {layout} has {len(layout)} axes, the feature is of shape {tuple(feature.shape)}. "
+            "Give the point the layout of its output."
+        )
+
+
 def width_of(feature: Tensor, layout: Layout) -> int:
     """Return the number of channels of ``feature``."""
     return feature.shape[-1 if layout == "NLC" else 1]

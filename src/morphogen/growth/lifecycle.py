@@ -39,6 +39,8 @@ class Stage(enum.IntEnum):
 
 LIVE = frozenset({Stage.GERMINATED, Stage.TRAINING, Stage.BLENDING, Stage.HOLDING})
 """Stages in which a seed is there and can still be pruned."""
+ACTING = frozenset({Stage.BLENDING, Stage.HOLDING, Stage.FOSSILIZED})
+"""Stages in which a seed acts on the output."""
 NEXT_STAGE: Mapping[Stage, Stage] = {
     Stage.GERMINATED: Stage.TRAINING,
     Stage.TRAINING: Stage.BLENDING,
@@ -77,6 +79,7 @@ class SlotState:
         steepness: Steepness of a sigmoid ramp.
         ramp: The ramp under way, None when at rest.
         prune_reason: Why the seed is being ramped down to its removal, or was removed.
+        frozen: Whether the seed was frozen when it was fossilised.
         pruned_blueprints: Blueprints of the seeds removed here so far, oldest first.
         history: The last transitions, oldest first.
     """
@@ -95,6 +98,7 @@ class SlotState:
     steepness: float = 12.0
     ramp: Ramp | None = None
     prune_reason: str | None = None
+    frozen: bool = False
     pruned_blueprints: tuple[str, ...] = ()
     history: tuple[Transition, ...] = ()
 
@@ -198,9 +202,7 @@ def advanced(state: SlotState, clock: int) -> SlotState:
     return _ramped(dataclasses.replace(state, ramp=ramp))
 
 
-def retargeted(
-    state: SlotState, clock: int, target: float, over: int, curve: Curve, steepness: float = 12.0
-) -> SlotState:
+def retargeted(state: SlotState, clock: int, target: float, *, over: int, curve: Curve, steepness: float = 12.0) -> SlotState:
     """Return the state with a ramp from the present alpha to ``target``; from HOLDING it goes back to BLENDING.
 
     A ramp under way is replaced and starts from where alpha is; a scheduled prune is cancelled. Over 0 ticks alpha is at its
@@ -238,11 +240,11 @@ def pruned(state: SlotState, clock: int, over: int, reason: str) -> SlotState:
     return dataclasses.replace(state, ramp=ramp, prune_reason=reason)
 
 
-def fossilized(state: SlotState, clock: int) -> SlotState:
-    """Return the state of a holding seed made permanent."""
+def fossilized(state: SlotState, clock: int, freeze: bool = False) -> SlotState:
+    """Return the state of a holding seed made permanent, and frozen if ``freeze``."""
     if state.stage is not Stage.HOLDING:
         raise SlotError(f"must be holding to fossilize, is {state.stage.name.lower()}. Advance it to holding first.")
-    return _moved(state, Stage.FOSSILIZED, clock, "fossilized")
+    return _moved(dataclasses.replace(state, frozen=freeze), Stage.FOSSILIZED, clock, "fossilized")
 
 
 def excised(state: SlotState, clock: int, reason: str) -> SlotState:
@@ -296,7 +298,7 @@ def _ramped(state: SlotState) -> SlotState:
 
 def _removed(state: SlotState, clock: int, reason: str) -> SlotState:
     removed = (*state.pruned_blueprints, state.blueprint or "")[-HISTORY_LIMIT:]
-    gone = dataclasses.replace(state, alpha=0.0, ramp=None, prune_reason=reason, pruned_blueprints=removed)
+    gone = dataclasses.replace(state, alpha=0.0, ramp=None, prune_reason=reason, pruned_blueprints=removed, frozen=False)
     return _moved(gone, Stage.PRUNED, clock, reason)
 
 

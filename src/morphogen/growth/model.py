@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.nn.parameter import UninitializedParameter
 
 from morphogen.errors import SlotError
 from morphogen.growth import blueprints, lifecycle, sensing
 from morphogen.growth.config import GrowthConfig
 from morphogen.growth.events import GateRefused, StageChanged
-from morphogen.growth.export import plain_module
+from morphogen.growth.export import check_same, plain_module
 from morphogen.growth.gates import GateResult, Reading, gate_into
-from morphogen.growth.layouts import Layout, infer_layout, width_of
+from morphogen.growth.layouts import LAYOUTS, Layout, check_layout, infer_layout, width_of
 from morphogen.growth.lifecycle import NEXT_STAGE, Operator, SlotState, Sowing, Stage, Transition
 from morphogen.growth.operators import Seed
-from morphogen.growth.probing import Example, probe, untouched
+from morphogen.growth.probing import Example, probe, try_out
 from morphogen.growth.ramps import Curve
-from morphogen.growth.slots import AlphaOverrides, SeedSlot, Site, alpha_overrides
-from morphogen.growth.structure import Followers, PlannedStructure
+from morphogen.growth.slots import AlphaOverrides, SeedSlot, Site, alpha_overrides, hooks_of
+from morphogen.growth.structure import Follower, Followers, PlannedStructure
 from morphogen.growth.topology import read_topology, topology_of
 from morphogen.state import RandomStreams, draw_from
 from morphogen.telemetry.events import Emit, Json, discard
@@ -38,6 +38,11 @@ class GrowthPoint:
 
     path: str
     layout: Layout | None = None
+
+    def __post_init__(self) -> None:
+        """Check the layout's name."""
+        if self.layout is not None and self.layout not in LAYOUTS:
+            raise ValueError(f"`layout` must be one of {', '.join(LAYOUTS)}, got {self.layout!r}. Or leave it out.")
 
 
 class GrowableModel(nn.Module):
@@ -57,10 +62,12 @@ class GrowableModel(nn.Module):
         emit: Receives events.
 
     Raises:
-        SlotError: A point does not exist, is not called once, or returns no tensor.
+        SlotError: A point does not exist, is not called once, or returns no tensor of its layout; the host is lazy or
+            belongs to another GrowableModel.
         ValueError: ``points`` is empty, or a slot's name is not an identifier.
 
     Example:
+        >>> import torch
         >>> host = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> model = GrowableModel(host, points={"early": "1"}, example_input=torch.zeros(2, 4))
         >>> _ = model.germinate("early", blueprint="low_rank")
@@ -83,9 +90,8 @@ class GrowableModel(nn.Module):
         self.config = config or GrowthConfig()
         self.clock = 0
         self._streams = RandomStreams(seed)
-        self._emit = emit
         self._example = example_input
-        self.followers = Followers()
+        self.followers = Followers(emit)
         sites = _sites(host, points, example_input)
         self.host = host
         self.slots = nn.ModuleDict({name: SeedSlot(name, site, self.config.incubation_ratio) for name, site in sites.items()})
@@ -103,7 +109,7 @@ class GrowableModel(nn.Module):
         """
         if alphas is None:
             return self.host(*args, **kwargs)
-        self._check_overrides(alphas)
+        self.check_acting(alphas)
         token = alpha_overrides.set(alphas)
         try:
             return self.host(*args, **kwargs)
@@ -153,8 +159,9 @@ class GrowableModel(nn.Module):
         seed: int | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> SlotState:
-        """Put a new seed into a dormant slot and return the slot's state. The output does not change, and nothing is drawn
-        from any stream but the seed's own.
+        """Put a new seed into a dormant slot and return the slot's state.
+
+        The output does not change, and nothing is drawn from any stream but the seed's own.
 
         Args:
             slot: A dormant slot.
@@ -169,13 +176,14 @@ class GrowableModel(nn.Module):
         """
         if isinstance(blueprint, Sowing) and (options is not None or operator != "add"):
             raise ValueError("`operator` and `options` must be left out with a Sowing, which has both. Put them there.")
-        sowing = blueprint if isinstance(blueprint, Sowing) else Sowing(blueprint=blueprint, operator=operator, options=options or {})
         target = self.slot(slot)
+        if isinstance(blueprint, Sowing):
+            sowing = blueprint
+        else:
+            sowing = Sowing(blueprint=blueprint, operator=operator, options=options or {})
         state = self._checked(slot, lambda: lifecycle.germinated(target.state, sowing, self.clock))
         streams = self._streams if seed is None else RandomStreams(seed)
-        generator = streams.torch("germination", slot, state.germination)
-        module = self._built(target, state, generator)
-        self._change({slot: (state, module)})
+        self._change({slot: (state, self._built(target, state, streams))})
         return state
 
     def advance(self, slot: str) -> GateResult:
@@ -197,7 +205,7 @@ class GrowableModel(nn.Module):
             SlotError: The slot is not holding.
         """
         target = self.slot(slot)
-        after = self._checked(slot, lambda: lifecycle.fossilized(target.state, self.clock))
+        after = self._checked(slot, lambda: lifecycle.fossilized(target.state, self.clock, self.config.freeze_fossils))
         return self._through_gate(slot, Stage.FOSSILIZED, after)
 
     def set_alpha_target(
@@ -205,8 +213,13 @@ class GrowableModel(nn.Module):
     ) -> SlotState:
         """Ramp alpha of a blending or holding seed to ``target`` over ``over`` ticks; cancels a scheduled prune."""
         state = self.slot(slot).state
-        move = lambda: lifecycle.retargeted(state, self.clock, target, over, curve, steepness)  # noqa: E731
-        return self._move(slot, self._checked(slot, move))
+        return self._move(
+            slot,
+            self._checked(
+                slot,
+                lambda: lifecycle.retargeted(state, self.clock, target, over=over, curve=curve, steepness=steepness),
+            ),
+        )
 
     def prune(self, slot: str, *, over: int = 0, reason: str = "pruned") -> SlotState:
         """Remove a live seed now, or after ramping its alpha to zero over ``over`` ticks; its moments go with it."""
@@ -224,16 +237,15 @@ class GrowableModel(nn.Module):
         Returns:
             Slots whose stage changed -> the new stage.
         """
-        self.clock += 1
-        before = self.stages()
+        clock, before = self.clock + 1, self.stages()
         changes: dict[str, tuple[SlotState, Seed | None]] = {}
         for name, slot in self._slots().items():
-            state = lifecycle.ticked(slot.state, self.clock, self.config)
+            state = lifecycle.ticked(slot.state, clock, self.config)
             finite = slot.sensors.finite
             if state.stage is Stage.TRAINING and finite is not None and finite.value == 0.0:
-                state = lifecycle.pruned(state, self.clock, 0, "quarantined: not finite")
+                state = lifecycle.pruned(state, clock, 0, "quarantined: not finite")
             changes[name] = (state, slot.seed if state.has_seed else None)
-        self._change(changes)
+        self._change(changes, clock)
         return {name: stage for name, stage in self.stages().items() if stage is not before[name]}
 
     def sense(self) -> None:
@@ -245,6 +257,7 @@ class GrowableModel(nn.Module):
 
     def record_contribution(self, slot: str, value: float, error: float) -> None:
         """Note what :func:`morphogen.growth.measure_contributions` found for ``slot``, at the present clock."""
+        self.check_acting([slot])
         target = self.slot(slot)
         target.sensors = dataclasses.replace(
             target.sensors,
@@ -255,9 +268,15 @@ class GrowableModel(nn.Module):
     def export(self) -> nn.Module:
         """Return a plain module that computes the same: no hooks, no slots, nothing of morphogen; a copy in eval mode.
 
-        Seeds that act on the output are built in at their present alpha; incubating ones are left out.
+        Seeds that act on the output are built in at their present alpha; incubating ones are left out. Both modules run on
+        the example before this returns, without a trace.
+
+        Raises:
+            SlotError: The host gets at a grown submodule in a way that a plain one cannot follow, such as its attributes.
         """
-        return plain_module(self.host, self._slots())
+        plain = plain_module(self.host, self._slots())
+        check_same(self.host, plain, self._example_like_host())
+        return plain
 
     # -- structure (morphogen.state.DynamicModel) --------------------------------------------------------------------
 
@@ -281,12 +300,24 @@ class GrowableModel(nn.Module):
             elif slot.seed is not None and _same_seed(slot.state, record.state):
                 seeds[name] = slot.seed
             else:
-                seeds[name] = self._built(slot, record.state, self._streams.torch("germination", name, record.state.germination))
-        return PlannedStructure(self, clock, {name: (records[name].state, records[name].sensors, seeds[name]) for name in records})
+                seeds[name] = self._built(slot, record.state, self._streams)
+        slots = {name: (record.state, record.sensors, seeds[name]) for name, record in records.items()}
+        return PlannedStructure(self, clock, slots)
 
-    def on_topology_change(self, callback: Callable[[], None]) -> None:
-        """Call ``callback`` after each change of structure; bound methods are held weakly. If it raises, the change is undone."""
+    def on_topology_change(self, callback: Follower) -> None:
+        """Call ``callback`` after each change of structure; bound methods are held weakly.
+
+        If it raises, the change is undone. It may return a function that takes back what it did, for the case that a
+        callback after it raises.
+        """
         self.followers.add(callback)
+
+    def check_acting(self, slots: Iterable[str]) -> None:
+        """Raise SlotError unless each of ``slots`` holds a seed that acts on the output."""
+        for name in slots:
+            stage = self.slot(name).state.stage
+            if stage not in lifecycle.ACTING:
+                raise SlotError(f"slot {name!r} must hold a blended seed, is {stage.name.lower()}. Advance it first.")
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
@@ -310,25 +341,19 @@ class GrowableModel(nn.Module):
             self._move(slot, after)
         else:
             reasons = tuple(check.value for check in gate.refusals)
-            self._emit(GateRefused(tick=self.clock, slot=slot, gate=into, reasons=reasons))
+            self.followers.emit(GateRefused(tick=self.clock, slot=slot, gate=into, reasons=reasons))
         return gate
 
-    def _built(self, slot: SeedSlot, state: SlotState, generator: torch.Generator) -> Seed:
+    def _built(self, slot: SeedSlot, state: SlotState, streams: RandomStreams) -> Seed:
         """Build the seed apart from the model, on the feature's device and dtype, and try it on the feature."""
         row = blueprints.get(state.blueprint or "")
         site = slot.site
-        with draw_from(generator):
+        with draw_from(streams.torch("germination", slot.name, state.germination)):
             body = row.build(site.width, site.layout, **state.options)
             seed = Seed(body, state.operator, site.width, site.layout)
         feature = probe(self.host, {slot.name: site.path}, self._example_like_host())[slot.name]
         seed.to(device=feature.device, dtype=feature.dtype)
-        with untouched(seed):
-            residual = seed(feature)
-        if residual.shape != feature.shape:
-            raise SlotError(
-                f"slot {slot.name!r} needs a residual of shape {tuple(feature.shape)}, blueprint {row.name!r} gives "
-                f"{tuple(residual.shape)}. Mend the blueprint."
-            )
+        try_out(slot.name, seed, feature)
         return seed.train(self.host.get_submodule(site.path).training)
 
     def _example_like_host(self) -> Example:
@@ -336,24 +361,21 @@ class GrowableModel(nn.Module):
         like = next(self.host.parameters(), None)
         return self._example if like is None else cast("Example", _converted(self._example, like))
 
-    def _change(self, changes: Mapping[str, tuple[SlotState, Seed | None]]) -> None:
-        """Put new states and seeds in place; if a follower refuses, put the old ones back and raise its error."""
+    def _change(self, changes: Mapping[str, tuple[SlotState, Seed | None]], clock: int | None = None) -> None:
+        """Put new states, seeds and clock in place; if a follower refuses, put the old ones back and raise its error."""
         before = {name: (slot.state, slot.seed) for name, slot in self._slots().items() if name in changes}
-        frozen: list[Parameter] = []
-        restructured = any(seed is not before[name][1] for name, (_, seed) in changes.items())
+        clock_before, self.clock = self.clock, self.clock if clock is None else clock
         for name, (state, seed) in changes.items():
             self.slot(name).put(state, seed)
-            newly_fossil = state.stage is Stage.FOSSILIZED and before[name][0].stage is not Stage.FOSSILIZED
-            if newly_fossil and seed is not None and self.config.freeze_fossils:
-                frozen += [parameter.requires_grad_(False) for parameter in seed.parameters()]
-        if restructured or frozen:
+        if any(
+            seed is not before[name][1] or state.frozen != before[name][0].frozen for name, (state, seed) in changes.items()
+        ):
             try:
                 self.followers.call()
             except BaseException:  # border: whatever refused, the model must be as it was; raised again at once
-                for parameter in frozen:
-                    parameter.requires_grad_(True)
                 for name, (state, seed) in before.items():
                     self.slot(name).put(state, seed)
+                self.clock = clock_before
                 raise
         for name, (state, seed) in changes.items():
             if seed is not before[name][1]:
@@ -362,7 +384,7 @@ class GrowableModel(nn.Module):
 
     def _report(self, name: str, before: SlotState, after: SlotState) -> None:
         for transition in _new_transitions(before, after):
-            self._emit(
+            self.followers.emit(
                 StageChanged(
                     tick=transition.tick,
                     slot=name,
@@ -374,21 +396,14 @@ class GrowableModel(nn.Module):
                 )
             )
 
-    def _check_overrides(self, alphas: AlphaOverrides) -> None:
-        for name in alphas:
-            state = self.slot(name).state
-            if not (state.has_seed and state.stage not in (Stage.GERMINATED, Stage.TRAINING)):
-                raise SlotError(
-                    f"slot {name!r} must hold a blended seed to override alpha, is {state.stage.name.lower()}. Leave it out."
-                )
-
 
 def _sites(host: nn.Module, points: Mapping[str, str | GrowthPoint], example: Example) -> dict[str, Site]:
     """Check the points' names, probe the host once, and return what is at each point."""
     if not points:
         raise ValueError("`points` must name at least one submodule, got none. See `dict(host.named_modules())`.")
     given = {name: GrowthPoint(point) if isinstance(point, str) else point for name, point in points.items()}
-    known = dict(host.named_modules())
+    known = dict(host.named_modules(remove_duplicate=False))
+    _check_host(known)
     for name, point in given.items():
         if not name.isidentifier() or name == HOST:
             raise ValueError(f"a slot's name must be an identifier other than {HOST!r}, got {name!r}. Rename it.")
@@ -402,14 +417,28 @@ def _sites(host: nn.Module, points: Mapping[str, str | GrowthPoint], example: Ex
     sites: dict[str, Site] = {}
     for name, feature in features.items():
         point = given[name]
-        layout = point.layout or _layout_at(name, feature, known[point.path])
+        layout = _layout_at(name, point.layout, feature, known[point.path])
         sites[name] = Site(point.path, layout, width_of(feature, layout))
     return sites
 
 
-def _layout_at(slot: str, feature: Tensor, module: nn.Module) -> Layout:
+def _check_host(parts: Mapping[str, nn.Module]) -> None:
+    """Refuse a host that cannot be probed without a trace, or that somebody else grows."""
+    for path, part in parts.items():
+        if any(isinstance(getattr(hook, "__self__", None), SeedSlot) for hook in hooks_of(part).values()):
+            raise SlotError(
+                f"the host must be its own, but `{path}` belongs to another GrowableModel. Build a new host, or grow the "
+                "export of the other model."
+            )
+        if any(isinstance(parameter, UninitializedParameter) for parameter in part.parameters(recurse=False)):
+            raise SlotError(f"the host must have its parameters, but `{path}` is lazy. Run it once on an example before.")
+
+
+def _layout_at(slot: str, told: Layout | None, feature: Tensor, module: nn.Module) -> Layout:
     try:
-        return infer_layout(feature, module)
+        layout = told or infer_layout(feature, module)
+        check_layout(feature, layout)
+        return layout
     except SlotError as error:
         raise SlotError(f"slot {slot!r}: {error}") from None
 

@@ -48,7 +48,7 @@ class SampleGate(nn.Module):
         """Build the two layers; hidden size max(8, width / 4)."""
         super().__init__()
         hidden = max(8, width // 4)
-        self.layout = layout
+        self.layout: Layout = layout
         self.inner = nn.Linear(width, hidden)
         self.activation = nn.GELU()
         self.outer = nn.Linear(hidden, 1)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from morphogen.errors import SlotError
+from morphogen.growth.operators import Seed
 from morphogen.state import draw_from
+from morphogen.state.generators import read_global_generators, write_global_generators
 
 Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
@@ -67,18 +69,45 @@ def _single_tensor(slot: str, path: str, found: list[object]) -> Tensor:
     return found[0].detach()
 
 
+def try_out(slot: str, seed: Seed, feature: Tensor) -> None:
+    """Run a newborn seed on ``feature`` without a trace.
+
+    Raises:
+        SlotError: s(h) is no tensor of the shape of the feature, or the feature was written to.
+    """
+    before = feature.clone()
+    with untouched(seed):
+        found: object = seed.body(feature)
+        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        if shape != tuple(feature.shape):
+            raise SlotError(
+                f"slot {slot!r} needs a blueprint whose s(h) is a tensor of shape {tuple(feature.shape)}, got {shape}. "
+                "Mend the blueprint."
+            )
+        seed(feature)
+    if not torch.equal(before, feature) and not bool(before.isnan().any()):
+        raise SlotError(f"slot {slot!r}: a blueprint must not write to its input, this one does. Use no in-place layer on it.")
+
+
 @contextlib.contextmanager
-def untouched(module: nn.Module) -> Iterator[None]:
+def untouched(module: nn.Module) -> Generator[None]:
     """Within the block ``module`` is in eval mode, without gradients, drawing from its own stream; then it is as before."""
     modes = [(part, part.training) for part in module.modules()]
+    tables = [part._buffers for part in module.modules()]  # pyright: ignore[reportPrivateUsage]
+    entries = [dict(table) for table in tables]  # forward may replace a buffer as well as write to it
     buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    chance = read_global_generators()
     module.eval()
     try:
         with torch.no_grad(), draw_from(torch.Generator().manual_seed(0)):
             yield
     finally:
+        write_global_generators(chance)
         for part, training in modes:
             part.training = training
+        for table, before in zip(tables, entries, strict=True):
+            table.clear()
+            table.update(before)
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.nn.utils import get_total_norm
 
 from morphogen.growth.gates import Reading, SlotSensors as SlotSensors
 from morphogen.growth.lifecycle import LIVE
@@ -17,13 +18,12 @@ from morphogen.growth.slots import SeedSlot
 _HOST = "host"
 
 
-def sense_gradients(
-    owners: Mapping[str, list[tuple[str, Parameter]]], slots: Mapping[str, SeedSlot], clock: int
-) -> None:
+def sense_gradients(owners: Mapping[str, list[tuple[str, Parameter]]], slots: Mapping[str, SeedSlot], clock: int) -> None:
     """Write gradient norm, its ratio to the host's and finiteness of every live seed into its slot's sensors.
 
     Norms are divided by the square root of the number of elements, so that sizes compare. A seed without gradients keeps
-    "not measured"; a host without gradients leaves the ratio not measured.
+    "not measured"; a host without gradients leaves the ratio not measured. Where the host's own gradient is not finite, the
+    batch says nothing of a seed whose weights are: its readings stay as they were, and grow old.
     """
     live = [name for name, slot in slots.items() if slot.state.stage in LIVE]
     if not live:
@@ -36,6 +36,8 @@ def sense_gradients(
     host_norm, seed_norms, weight_norms = values[0], values[1 : len(live) + 1], values[len(live) + 1 :]
     host_scale = _per_element(host_norm, gradients[_HOST])
     for name, norm, weight_norm in zip(live, seed_norms, weight_norms, strict=True):
+        if math.isfinite(weight_norm) and not math.isfinite(host_norm):
+            continue
         scale = _per_element(norm, gradients[name])
         measured = scale is not None
         slots[name].sensors = dataclasses.replace(
@@ -47,10 +49,11 @@ def sense_gradients(
 
 
 def _norm(tensors: Iterable[Tensor]) -> Tensor:
+    """Return the length of all ``tensors`` as one vector, summed in at least single precision."""
     tensors = list(tensors)
     if not tensors:
-        return torch.zeros((), dtype=torch.float64)
-    return torch.stack([norm.double() for norm in torch._foreach_norm(tensors)]).norm()
+        return torch.zeros(())
+    return get_total_norm([tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors])
 
 
 def _per_element(norm: float, gradients: list[Tensor]) -> float | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from morphogen.growth.gates import SlotSensors
 from morphogen.growth.incubation import straight_through
 from morphogen.growth.layouts import Layout
-from morphogen.growth.lifecycle import SlotState, Stage
+from morphogen.growth.lifecycle import ACTING, SlotState, Stage
 from morphogen.growth.operators import Seed
 
 AlphaOverrides = Mapping[str, "float | Tensor"]
@@ -54,20 +54,28 @@ class SeedSlot(nn.Module):
         self.register_buffer("alpha", torch.zeros(()), persistent=False)
 
     def put(self, state: SlotState, seed: Seed | None) -> None:
-        """Take a state and the seed that belongs to it, both at once."""
+        """Take a state and the seed that belongs to it, both at once; a seed is frozen and thawed as its state says."""
         assert state.has_seed == (seed is not None), (state.stage, seed)
+        was_frozen = self.state.frozen and seed is self.seed
+        if seed is not None and state.frozen != was_frozen:
+            seed.requires_grad_(not state.frozen)
         self.state, self.seed = state, seed
         self.mix = _mix_of(state)
         with torch.no_grad():
             self.alpha.fill_(state.alpha)
 
-    def on_output(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+    def on_output(self, module: nn.Module, args: Any, output: object) -> Tensor | None:
         """Forward hook of the host's submodule; None leaves the host's own tensor, the same object, in place."""
-        overrides = alpha_overrides.get()
-        if overrides is not None and self.name in overrides and self.mix in ("blend", "full"):
-            return self._mixed(output, _broadcast(overrides[self.name], output))
         if self.mix == "off" or self.seed is None:
             return None
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                f"slot {self.name!r}: submodule `{self.site.path}` must return a tensor, returned {type(output).__name__}. "
+                "Choose a submodule inside it."
+            )
+        overrides = alpha_overrides.get()
+        if overrides is not None and self.name in overrides and self.mix != "incubate":
+            return self._mixed(output, self._per_sample(overrides[self.name], output))
         if self.mix == "incubate":
             if not (self.training and torch.is_grad_enabled()):
                 return None
@@ -79,21 +87,28 @@ class SeedSlot(nn.Module):
 
     def _mixed(self, output: Tensor, alpha: float | Tensor) -> Tensor:
         assert self.seed is not None
-        residual = self.seed(output)
-        weight = alpha.to(residual.dtype) if isinstance(alpha, Tensor) else alpha
-        return output + residual * weight
+        return output + self.seed(output) * alpha
+
+    def _per_sample(self, alpha: float | Tensor, output: Tensor) -> float | Tensor:
+        """Return ``alpha`` shaped to multiply ``output``: a number or 0-dim tensor as it is, (N,) as (N, 1, ...)."""
+        if not isinstance(alpha, Tensor) or alpha.ndim == 0:
+            return alpha
+        if alpha.shape != output.shape[:1]:
+            raise ValueError(
+                f"alpha of slot {self.name!r} must be a number or of shape ({output.shape[0]},), got {tuple(alpha.shape)}. "
+                "Give one value for each sample."
+            )
+        return alpha.reshape(-1, *(1 for _ in output.shape[1:])).to(output.dtype)
+
+
+def hooks_of(module: nn.Module) -> dict[int, Any]:
+    """Return the live table of ``module``'s forward hooks, in the order in which they run."""
+    return module._forward_hooks  # pyright: ignore[reportPrivateUsage]
 
 
 def _mix_of(state: SlotState) -> Mix:
     if state.stage is Stage.TRAINING:
         return "incubate"
-    if state.stage in (Stage.BLENDING, Stage.HOLDING, Stage.FOSSILIZED) and state.alpha != 0.0:
+    if state.stage in ACTING and state.alpha != 0.0:
         return "full" if state.alpha == 1.0 else "blend"
     return "off"
-
-
-def _broadcast(alpha: float | Tensor, output: Tensor) -> float | Tensor:
-    """Return ``alpha`` shaped to multiply ``output``: a number or 0-dim tensor as it is, (N,) as (N, 1, ...)."""
-    if not isinstance(alpha, Tensor) or alpha.ndim == 0:
-        return alpha
-    return alpha.reshape(-1, *(1 for _ in range(output.ndim - 1)))

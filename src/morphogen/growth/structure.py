@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast, final
@@ -12,9 +14,13 @@ from morphogen.growth.gates import SlotSensors
 from morphogen.growth.lifecycle import SlotState
 from morphogen.growth.operators import Seed
 from morphogen.state.inventory import module_tensors
+from morphogen.telemetry.events import Emit, Event, discard
 
 if TYPE_CHECKING:
     from morphogen.growth.model import GrowableModel
+
+Follower = Callable[[], Callable[[], None] | None]
+"""Told of a change of structure; what it returns, if anything, takes back what it did."""
 
 
 @final
@@ -55,25 +61,39 @@ class PlannedStructure:
 
 @final
 class Followers:
-    """Callbacks, bound methods held weakly; a deep copy has none, as the copy belongs to another run."""
+    """Who is told of changes: callbacks, bound methods held weakly, and one listener to events.
 
-    def __init__(self) -> None:
-        """Start without any."""
-        self._callbacks: list[Callable[[], Callable[[], None] | None]] = []
+    A deep copy has neither, as the copy belongs to another run.
+    """
 
-    def add(self, callback: Callable[[], None]) -> None:
+    def __init__(self, emit: Emit = discard) -> None:
+        """Start without callbacks."""
+        self._callbacks: list[Callable[[], Follower | None]] = []
+        self._emit = emit
+
+    def add(self, callback: Follower) -> None:
         """Call ``callback`` from now on."""
-        if hasattr(callback, "__self__"):
+        if inspect.ismethod(callback):
             self._callbacks.append(weakref.WeakMethod(cast("Any", callback)))
         else:
             self._callbacks.append(lambda: callback)
 
     def call(self) -> None:
-        """Call every callback that is still alive, in the order they were added."""
-        for reference in self._callbacks:
-            callback = reference()
-            if callback is not None:
-                callback()
+        """Call every callback that is still alive, in the order they were added.
+
+        If one raises, what the earlier ones returned is called, last first, and the error goes on.
+        """
+        with contextlib.ExitStack() as undo:
+            for reference in self._callbacks:
+                callback = reference()
+                take_back = callback() if callback is not None else None
+                if take_back is not None:
+                    undo.callback(take_back)
+            undo.pop_all()
+
+    def emit(self, event: Event) -> None:
+        """Pass ``event`` to the listener."""
+        self._emit(event)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Followers:
         return Followers()

@@ -46,7 +46,7 @@ def _plain(record: object) -> Json:
 
 def with_fossils(topology: Json, sowings: Mapping[str, Sowing]) -> Json:
     """Return ``topology`` with a fossil at full alpha in each of these slots: growth that was there from the start."""
-    slots = {name: dict(entry) for name, entry in cast("dict[str, Any]", topology)["slots"].items()}
+    slots: dict[str, Any] = {name: dict(entry) for name, entry in cast("dict[str, Any]", topology)["slots"].items()}
     for name, sowing in sowings.items():
         state = SlotState(
             stage=Stage.FOSSILIZED,
@@ -87,15 +87,22 @@ def read_topology(data: Json, sites: Mapping[str, Site]) -> tuple[int, dict[str,
     ]
     if problems:
         raise StateMismatch("the topology does not fit this model.", tuple(problems))
-    return cast("int", data["clock"]), {name: _record(entry) for name, entry in slots.items()}
+    return cast("int", data["clock"]), {name: _record(name, entry) for name, entry in slots.items()}
 
 
-def _record(entry: Mapping[str, Any]) -> SlotRecord:
+def _record(name: str, entry: Mapping[str, Any]) -> SlotRecord:
+    try:
+        return _read_record(entry)
+    except (KeyError, TypeError, ValueError) as error:
+        raise StateMismatch(f"the topology's entry of slot {name!r} was not written by this release: {error}.") from error
+
+
+def _read_record(entry: Mapping[str, Any]) -> SlotRecord:
     state = dict(entry["state"])
     state["stage"] = Stage[state["stage"]]
     state["ramp"] = None if state["ramp"] is None else Ramp(**state["ramp"])
     state["history"] = tuple(
-        Transition(**{**item, "previous": Stage[item["previous"]], "stage": Stage[item["stage"]]})
+        Transition(**cast("dict[str, Any]", {**item, "previous": Stage[item["previous"]], "stage": Stage[item["stage"]]}))
         for item in state["history"]
     )
     state["pruned_blueprints"] = tuple(state["pruned_blueprints"])

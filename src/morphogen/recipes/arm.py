@@ -18,7 +18,6 @@ from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -34,7 +33,7 @@ from morphogen.recipes.flops import FlopMeter
 from morphogen.recipes.results import ArmResult
 from morphogen.state import TrainingState
 from morphogen.tasks import BuiltTask, Split
-from morphogen.telemetry.events import Emit, Event
+from morphogen.telemetry.events import Emit, to_json
 
 _EVALUATION_BATCH = 1000
 
@@ -81,7 +80,9 @@ class ArmRun:
 
     def __init__(self, config: GrowConfig, arm: Arm, repeat: int, emit: Emit) -> None:
         """Build everything under the repeat's seed."""
-        self.config, self.arm, self.repeat = config, arm, repeat
+        self.config = config
+        self.arm: Arm = arm
+        self.repeat = repeat
         self._emit = emit
         self.task = tasks.get(config.task)
         self.built: BuiltTask = self.task.build(
@@ -106,6 +107,7 @@ class ArmRun:
         self._flops = FlopMeter()
         self.progress = ArmProgress()
         self._last_loss = float("nan")
+        self._order: tuple[tuple[int, int], Tensor] | None = None
 
     @property
     def done(self) -> bool:
@@ -139,9 +141,7 @@ class ArmRun:
 
     def finish(self) -> ArmResult:
         """Measure the test split and return the result."""
-        result = ArmResult(
-            arm=self.arm,
-            repeat=self.repeat,
+        finished = ArmFinished(
             test_metric=self._metric_on(self.built.data.test),
             decision_metric=self._metric_on(self.built.data.decision),
             parameters=self.model.num_parameters(),
@@ -150,22 +150,23 @@ class ArmRun:
             rollbacks=self.governor.rollbacks,
             skipped_steps=self.governor.skipped_steps,
         )
-        named = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
-        self._emit(ArmFinished(**{name: value for name, value in named.items() if name not in ("arm", "repeat")}))
-        return result
+        self._emit(finished)
+        numbers = {name: value for name, value in vars(finished).items() if name != "step"}
+        return ArmResult(arm=self.arm, repeat=self.repeat, **numbers)
 
     def save(self, directory: Path, log_offset: int) -> None:
         """Write everything needed to go on bit-identically into ``directory``."""
         self.governor.save(directory / "governor")
-        progress = {**dataclasses.asdict(self.progress), "injected": list(self.progress.injected)}
-        self.state.save(directory / "run", user_data={"progress": progress, "log_offset": log_offset})
+        user_data = to_json({"progress": self.progress, "log_offset": log_offset})
+        self.state.save(directory / "run", user_data=user_data)
 
     def load(self, directory: Path) -> int:
         """Take back what :meth:`save` wrote; returns the length of the event log at that moment, in bytes."""
         user_data: Any = self.state.load(directory / "run")
         self.governor.load(directory / "governor")
-        saved = user_data["progress"]
-        self.progress = ArmProgress(**{**saved, "injected": tuple(saved["injected"])})
+        saved: dict[str, Any] = user_data["progress"]
+        injected = tuple(saved["injected"])
+        self.progress = ArmProgress(wall_seconds=saved["wall_seconds"], flops=saved["flops"], injected=injected)
         self._flops.total = self.progress.flops
         return user_data["log_offset"]
 
@@ -188,7 +189,7 @@ class ArmRun:
         inputs, targets = self._batch()
         inputs = self._injected(inputs)
         loss = self._flops.run(("train", self._structure()), lambda: self._backward(inputs, targets))
-        verdict = self.governor.observe(loss, step=self.cursor.step)
+        verdict = self.governor.observe(loss, grad_norm=self._host_gradient_norm(), step=self.cursor.step)
         if verdict.proceed:
             self.built.optimizer.step()
             self._scheduler.step()
@@ -201,22 +202,27 @@ class ArmRun:
         loss.backward()  # pyright: ignore[reportUnknownMemberType]
         return loss.detach()
 
+    def _host_gradient_norm(self) -> Tensor:
+        """Return the norm of the host's gradients alone: seeds come and go, and an incubating one is not the host's fault."""
+        gradients = [parameter.grad for parameter in self.model.host.parameters() if parameter.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
+
     def _batch(self) -> tuple[Tensor, Tensor]:
         """Return the batch of the present step: shuffled anew each epoch, and after each rollback."""
         train, size = self.built.data.train, self.task.batch_size
         per_epoch = len(train) // size
         epoch, place = divmod(self.cursor.step, per_epoch)
-        order = self._order(epoch, self.governor.rollbacks)
+        order = self._shuffled(epoch, self.governor.rollbacks)
         chosen = order[place * size : (place + 1) * size]
         return train.inputs[chosen], train.targets[chosen]
 
-    def _order(self, epoch: int, rollbacks: int) -> Tensor:
-        key = (epoch, rollbacks)
-        if getattr(self, "_order_key", None) != key:
-            self._order_key = key
-            order = self.built.streams.numpy("data", epoch, rollbacks).permutation(len(self.built.data.train))
-            self._order_now = torch.from_numpy(order).to(self.built.data.train.inputs.device)
-        return self._order_now
+    def _shuffled(self, epoch: int, rollbacks: int) -> Tensor:
+        """Return the order of the training samples in one epoch; the present one is kept."""
+        if self._order is None or self._order[0] != (epoch, rollbacks):
+            train = self.built.data.train
+            order = self.built.streams.numpy("data", epoch, rollbacks).permutation(len(train))
+            self._order = ((epoch, rollbacks), torch.from_numpy(order).to(train.inputs.device))
+        return self._order[1]
 
     def _structure(self) -> Hashable:
         """What the cost of a step depends on: which seeds are computed, and how."""
@@ -256,7 +262,7 @@ class ArmRun:
         return measure_contributions(self.model, _batches(split), self.task.correct, ()).metric
 
     def _report(self, metric: float) -> None:
-        event: Event = TickMeasured(
+        event = TickMeasured(
             tick=self.tick,
             train_loss=self._last_loss,
             metric=metric,

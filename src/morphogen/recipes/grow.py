@@ -17,13 +17,12 @@ import shlex
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import numpy as np
 import torch
 
-import morphogen
 from morphogen import control, tasks
 from morphogen.errors import CheckpointError
 from morphogen.governor.faults import Fault
@@ -38,6 +37,7 @@ from morphogen.telemetry.events import Event, Json, Sink, to_json
 from morphogen.telemetry.jsonl import JsonlSink
 from morphogen.telemetry.report import write_report
 from morphogen.telemetry.tensorboard import TensorBoardSink
+from morphogen.version import __version__
 
 _EXAMPLE_SIZE = 64
 
@@ -157,7 +157,7 @@ class _Job:
 
     def _remaining(self) -> list[tuple[int, Arm]]:
         done = {(result.repeat, result.arm) for result in self._results}
-        pairs = [(repeat, arm) for repeat in range(self._config.repeats) for arm in self._config.arms]
+        pairs: list[tuple[int, Arm]] = [(repeat, arm) for repeat in range(self._config.repeats) for arm in self._config.arms]
         return [pair for pair in pairs if pair not in done]
 
     def _started(self, arm: Arm, repeat: int) -> ArmRun:
@@ -224,7 +224,8 @@ class _Job:
         best = max(grown, key=lambda result: result.decision_metric, default=None)
         if best is not None:
             for ending in ("pt2", "safetensors"):
-                shutil.copyfile(self._directory.networks / f"grown-{best.repeat}.{ending}", self._directory.path / f"grown.{ending}")
+                source = self._directory.networks / f"grown-{best.repeat}.{ending}"
+                shutil.copyfile(source, self._directory.path / f"grown.{ending}")
         difference = paired_difference(self._results, "grown", "static")
         self._directory.write_summary(
             {
@@ -254,7 +255,7 @@ class _Job:
 
 
 @contextlib.contextmanager
-def _interrupts(request_stop: Callable[[], None]) -> Iterator[None]:
+def _interrupts(request_stop: Callable[[], None]) -> Generator[None]:
     """Turn the first Ctrl-C or termination signal into a request; the second acts as usual."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -281,7 +282,7 @@ def _run_started(config: GrowConfig, directory: Path) -> RunStarted:
         command=shlex.join(["morphogen", "grow", "--config", str(directory / "config.yaml")]),
         config=config.model_dump(mode="json"),
         versions={
-            "morphogen": morphogen.__version__,
+            "morphogen": __version__,
             "torch": torch.__version__,
             "numpy": np.__version__,
             "python": platform.python_version(),

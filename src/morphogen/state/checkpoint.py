@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import pickle  # noqa: S403 - only to name the error torch raises when it refuses a pickle
 import platform
 import re
 import struct
@@ -20,6 +19,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, cast
 
 import numpy as np
@@ -28,12 +28,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-import morphogen
 from morphogen.errors import CheckpointError
 from morphogen.state import trees
 from morphogen.state.inventory import module_tensors
 from morphogen.state.snapshot import PARTS, Snapshot, Tables
 from morphogen.telemetry.events import Json
+from morphogen.version import __version__
 
 FULL = "v2_full_parameters"
 WEIGHTS = "v1_policy_only"
@@ -44,12 +44,12 @@ _EXTRA_STATE = "_extra_state"
 _UNREADABLE = (
     *(OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError),
     *(AttributeError, MemoryError, struct.error, zlib.error, zipfile.BadZipFile),
-    *(pickle.UnpicklingError, safetensors.SafetensorError),
+    *(UnpicklingError, safetensors.SafetensorError),
 )
 _UNSAFE = re.compile(r"[^\w.-]")
 _OURS = re.compile(r"[\w.-]+-[0-9a-f]{16}\.safetensors|\.(manifest\.json|[\w.-]+-[0-9a-f]{16}\.safetensors)\.tmp")
 _LIBRARIES = {
-    "morphogen": morphogen.__version__,
+    "morphogen": __version__,
     "torch": torch.__version__,
     "safetensors": safetensors.__version__,
     "numpy": np.__version__,
@@ -224,9 +224,7 @@ def read(path: str | os.PathLike[str], modules: Mapping[str, nn.Module]) -> Load
     if source.is_file():
         return Loaded(_bare_snapshot(source, modules), WEIGHTS, None)
     manifest = _read_manifest(source / MANIFEST)
-    tables: Tables = {
-        section: _read_table(source / entry["file"], entry) for section, entry in manifest["files"].items()
-    }
+    tables: Tables = {section: _read_table(source / entry["file"], entry) for section, entry in manifest["files"].items()}
     loose = tables.pop("loose", {})
     return Loaded(Snapshot(tables, loose, manifest["meta"]), manifest["version"], manifest["user_data"])
 
@@ -259,12 +257,13 @@ def _read_table(path: Path, entry: Mapping[str, Any]) -> dict[str, Tensor]:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error}. The checkpoint is not whole.") from error
     if len(content) != entry["bytes"]:
-        raise CheckpointError(
-            f"{path}: must have {entry['bytes']} bytes, got {len(content)}: cut off. Use another checkpoint."
-        )
+        raise CheckpointError(f"{path}: must have {entry['bytes']} bytes, got {len(content)}: cut off. Use another checkpoint.")
     if hashlib.sha256(content).hexdigest() != entry["sha256"]:
         raise CheckpointError(f"{path}: its sha256 does not match the manifest: damaged. Use another checkpoint.")
-    return safetensors.torch.load(content)
+    try:
+        return safetensors.torch.load(content)
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{path}: is not what safetensors writes: {error}. Use another checkpoint.") from error
 
 
 def _bare_snapshot(path: Path, modules: Mapping[str, nn.Module]) -> Snapshot:
@@ -285,8 +284,7 @@ def _bare_snapshot(path: Path, modules: Mapping[str, nn.Module]) -> Snapshot:
         first = live.aliases.get(name, name)
         if first in tensors and not torch.equal(tensors[first], value):
             raise CheckpointError(
-                f"{path}: `{name}` and `{first}` are one tensor in this model and differ in the file. Use a file of "
-                "this model."
+                f"{path}: `{name}` and `{first}` are one tensor in this model and differ in the file. Use a file of this model."
             )
         tensors[first] = value
     persistent = set(modules["model"].state_dict())

@@ -55,7 +55,8 @@ def copy_misfits(
     problems = misfits(kind, theirs, parameters)
     held, offered = set(ours.names), set(theirs.names)
     problems += [f"the source has no moments for `{name}`" for name in ours.names if name not in offered]
-    problems += [f"the target's optimizer does not hold `{name}`" for name in theirs.state if name not in held]
+    lost = [name for name in theirs.state if name in parameters and name not in held and parameters[name].requires_grad]
+    problems += [f"the target's optimizer does not hold `{name}`" for name in lost]
     return problems + _structural_misfits(kind, ours, theirs)
 
 
@@ -102,12 +103,9 @@ def usable_state(
 def rate_ratios(ours: OptimizerRecord, theirs: OptimizerRecord) -> dict[str, float]:
     """Return their learning rate / our learning rate for each parameter that both hold; 1 where a rate is zero."""
     own, other = (
-        {name: float(group.options["lr"]) for group in record.groups for name in group.names}
-        for record in (ours, theirs)
+        {name: float(group.options["lr"]) for group in record.groups for name in group.names} for record in (ours, theirs)
     )
-    return {
-        name: other[name] / own[name] if own[name] > 0.0 and other[name] > 0.0 else 1.0 for name in own if name in other
-    }
+    return {name: other[name] / own[name] if own[name] > 0.0 and other[name] > 0.0 else 1.0 for name in own if name in other}
 
 
 def _tensors_in(values: Mapping[str, Any]) -> Iterator[Tensor]:

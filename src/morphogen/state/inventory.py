@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -23,16 +22,18 @@ _foreach_norm = torch._foreach_norm  # pyright: ignore[reportPrivateUsage, repor
 
 @dataclasses.dataclass(frozen=True)
 class ModuleTensors:
-    """Parameters and buffers of a module, each once.
+    """Parameters and buffers of a module, each once, and where they were found.
 
     Attributes:
         tensors: Name -> tensor, parameters and *all* buffers, also non-persistent ones, which no ``state_dict`` holds.
         aliases: Further names of the same object (tied weights, shared modules) -> the name it has in ``tensors``: the
             first in alphabetical order, so that it does not depend on the order of registration.
+        modules: The module and all below it, by each of their names.
     """
 
     tensors: dict[str, Tensor]
     aliases: dict[str, str]
+    modules: dict[str, nn.Module]
 
     def parameters(self) -> dict[str, Parameter]:
         """The parameters among the tensors, by name."""
@@ -45,22 +46,28 @@ def module_tensors(module: nn.Module) -> ModuleTensors:
     Raises:
         StateMismatch: A parameter has no data yet (lazy module, meta device), or shares memory with itself.
     """
-    found: dict[int, Tensor] = {}
-    names: dict[int, list[str]] = collections.defaultdict(list)
-    for prefix, part in module.named_modules(remove_duplicate=False):
-        parameters = part.named_parameters(prefix, recurse=False, remove_duplicate=False)
-        buffers = part.named_buffers(prefix, recurse=False, remove_duplicate=False)
-        for name, tensor in itertools.chain(parameters, buffers):
-            found[id(tensor)] = tensor
-            names[id(tensor)].append(name)
-    tensors: dict[str, Tensor] = {}
+    names: dict[int, str] = {}
+    found: list[Tensor] = []
     aliases: dict[str, str] = {}
-    for key, tensor in found.items():
-        name, *others = sorted(names[key])
-        _refuse_unusable(name, tensor)
-        tensors[name] = tensor
-        aliases |= dict.fromkeys(others, name)
-    return ModuleTensors(tensors, aliases)
+    modules = dict(module.named_modules(remove_duplicate=False))
+    for prefix, part in modules.items():
+        for table in (part._parameters, part._buffers):  # pyright: ignore[reportPrivateUsage]
+            for key, tensor in table.items():  # several times faster than named_parameters() of each module
+                if tensor is None:
+                    continue
+                name = f"{prefix}.{key}" if prefix else key
+                if id(tensor) not in names:
+                    names[id(tensor)] = name
+                    found.append(tensor)
+                    continue
+                first, other = sorted((names[id(tensor)], name))
+                names[id(tensor)] = first
+                aliases |= {alias: first for alias, known in aliases.items() if known == other} | {other: first}
+    tensors = {names[id(tensor)]: tensor for tensor in found}
+    for name, tensor in tensors.items():
+        if nn.parameter.is_lazy(tensor) or tensor.is_meta or 0 in tensor.stride():
+            _refuse_unusable(name, tensor)
+    return ModuleTensors(tensors, aliases, modules)
 
 
 def _refuse_unusable(name: str, tensor: Tensor) -> None:
@@ -69,42 +76,40 @@ def _refuse_unusable(name: str, tensor: Tensor) -> None:
             f"`{name}` must hold data, got a tensor on the meta device or of a lazy module. "
             "Materialise the model (one forward pass, or `to_empty`) before making it part of a run."
         )
-    if tensor.layout == torch.strided and 0 in tensor.stride():
-        stretched = any(size > 1 and step == 0 for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-        if stretched:
-            raise StateMismatch(
-                f"`{name}` must own each of its {tensor.numel()} values to be written back, got a tensor made by "
-                "`expand`. Give the module `tensor.contiguous()`."
-            )
+    if any(size > 1 and step == 0 for size, step in zip(tensor.shape, tensor.stride(), strict=True)):
+        raise StateMismatch(
+            f"`{name}` must own each of its {tensor.numel()} values to be written back, got a tensor made by "
+            "`expand`. Give the module `tensor.contiguous()`."
+        )
 
 
-def module_flags(module: nn.Module, path: str, loose: trees.TensorTable) -> dict[str, Json]:
+def module_flags(found: ModuleTensors, path: str, loose: trees.TensorTable) -> dict[str, Json]:
     """Return what ``state_dict`` forgets, frozen parameters and modules in eval mode, and every ``get_extra_state``.
 
     Tensors inside extra states are cloned into ``loose`` under names below ``path``.
     """
-    evaluating: list[Json] = [name for name, part in module.named_modules(remove_duplicate=False) if not part.training]
-    frozen: list[Json] = [
-        name for name, parameter in module.named_parameters(remove_duplicate=False) if not parameter.requires_grad
-    ]
+    evaluating: list[Json] = [*sorted(name for name, part in found.modules.items() if not part.training)]
+    frozen: list[Json] = [*sorted(name for name, tensor in found.parameters().items() if not tensor.requires_grad)]
     extra: dict[str, Json] = {
         name: trees.encode(part.get_extra_state(), loose, f"{path}.extra_state.{name}")
-        for name, part in module.named_modules(remove_duplicate=False)
+        for name, part in found.modules.items()
         if type(part).get_extra_state is not nn.Module.get_extra_state
     }
     return {"frozen": frozen, "evaluating": evaluating, "extra_state": extra}
 
 
-def write_module_flags(module: nn.Module, flags: Mapping[str, Any], loose: Mapping[str, Tensor]) -> None:
+def write_module_flags(found: ModuleTensors, flags: Mapping[str, Any], loose: Mapping[str, Tensor]) -> None:
     """Set what :func:`module_flags` returned; a flag that is not in ``flags`` stays."""
-    evaluating, frozen = (set(flags[kind]) if kind in flags else None for kind in ("evaluating", "frozen"))
-    for name, part in module.named_modules(remove_duplicate=False):
-        if evaluating is not None:
+    for name, data in flags.get("extra_state", {}).items():
+        if name in found.modules:
+            found.modules[name].set_extra_state(trees.decode(data, loose))
+    if "evaluating" in flags:
+        evaluating = set(flags["evaluating"])
+        for name, part in found.modules.items():
             part.training = name not in evaluating
-        if name in flags.get("extra_state", ()):
-            part.set_extra_state(trees.decode(flags["extra_state"][name], loose))
-    if frozen is not None:
-        for name, parameter in module.named_parameters(remove_duplicate=False):
+    if "frozen" in flags:
+        frozen = set(flags["frozen"])
+        for name, parameter in found.parameters().items():
             parameter.requires_grad_(name not in frozen)
 
 
@@ -121,19 +126,27 @@ def disagreements(saved: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> li
 
 
 def copy_all(pairs: Iterable[tuple[Tensor, Tensor]], non_blocking: bool = False) -> None:
-    """Copy each (target, source) pair, in as few calls as devices and dtypes allow. Shapes must be equal.
+    """Copy each (target, source) pair, in as few calls as devices and dtypes allow. Shapes must be equal: see to it.
 
     Runs outside autograd; targets made in inference mode are written in inference mode, all others outside it, so that
     their version counters move and a stale graph cannot silently give wrong gradients.
     """
-    batches: dict[tuple[Any, ...], tuple[list[Tensor], list[Tensor]]] = collections.defaultdict(lambda: ([], []))
+    batches: dict[object, tuple[list[Tensor], list[Tensor]]] = collections.defaultdict(lambda: ([], []))
+    plain_targets, plain_sources = batches[None]
     for target, source in pairs:
-        assert target.shape == source.shape, (target.shape, source.shape)
-        key = (target.device, source.device, target.dtype, source.dtype, target.is_inference())
-        batches[key][0].append(target)
-        batches[key][1].append(source)
-    for (*_, inference), (targets, sources) in batches.items():
-        with torch.inference_mode(inference), torch.no_grad():
+        if target.is_cpu and source.is_cpu and not target.is_inference():
+            plain_targets.append(target)
+            plain_sources.append(source)
+            continue
+        # One launch for many tensors needs them to be alike.
+        key = (target.is_inference(), target.device, source.device, target.dtype, source.dtype)
+        targets, sources = batches[key]
+        targets.append(target)
+        sources.append(source)
+    for targets, sources in batches.values():
+        if not targets:
+            continue
+        with torch.inference_mode(targets[0].is_inference()), torch.no_grad():
             _foreach_copy(targets, sources, non_blocking)
 
 

@@ -142,8 +142,11 @@ def matching_groups(owners: Sequence[object], groups: Sequence[Group]) -> list[i
     found: list[int | None] = [None] * len(owners)
     free = dict(enumerate(groups))
     for index, owner in enumerate(owners):
-        found[index] = next((p for p, group in free.items() if owner is not None and group.get("owner") == owner), None)
-        free.pop(found[index], None)
+        for position, group in free.items():
+            if owner is not None and group.get("owner") == owner:
+                found[index] = position
+                del free[position]
+                break
     for index, owner in enumerate(owners):
         if found[index] is None and index in free and (owner is None or free[index].get("owner") is None):
             found[index] = index

@@ -12,11 +12,13 @@ from torch.optim import Muon, Optimizer
 
 from morphogen.state import schedules, surgery
 from morphogen.state.extras import ExtraKind, is_stateful, kind_of
-from morphogen.state.inventory import module_tensors
+from morphogen.state.inventory import ModuleTensors, module_tensors
 from morphogen.state.topology import DynamicModel
 
 _T = TypeVar("_T")
 Owners = dict[str, list[tuple[str, Parameter]]]
+Sections = Mapping[str, Mapping[str, Tensor]]
+"""Section of a snapshot -> name -> tensor."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +64,17 @@ class Parts:
         """The schedulers that step ``optimizer``."""
         return [scheduler for scheduler in self.schedulers.values() if schedules.attached_to(scheduler, optimizer)]
 
-    def parameters(self, tensors: Mapping[str, Mapping[str, Tensor]] | None = None) -> dict[str, Parameter]:
+    def found(self) -> dict[str, ModuleTensors]:
+        """What is in each module, by section."""
+        return {part: module_tensors(module) for part, module in self.modules().items()}
+
+    def parameters(self, tensors: Sections | None = None) -> dict[str, Parameter]:
         """Every parameter an optimizer may hold by its name in snapshots.
 
         Args:
-            tensors: Section -> name -> tensor; stands in for the modules as they are.
+            tensors: The tensors of every module, where the caller has them already, or what they will be.
         """
-        tables = tensors or {part: module_tensors(module).tensors for part, module in self.modules().items()}
+        tables = tensors_of(self.found()) if tensors is None else tensors
         named = {
             f"{prefix(part)}{name}": tensor
             for part, table in tables.items()
@@ -77,13 +83,6 @@ class Parts:
         }
         extra = {f"extras.{name}": tensor for name, tensor in self.tensor_extras().items()}
         return named | {name: tensor for name, tensor in extra.items() if isinstance(tensor, Parameter)}
-
-    def names(self) -> dict[int, str]:
-        """``id(parameter)`` -> its first name, for each parameter that an optimizer may hold."""
-        names: dict[int, str] = {}
-        for name, parameter in self.parameters().items():
-            names.setdefault(id(parameter), name)
-        return names
 
     def owners(self) -> dict[str, Owners]:
         """Return, for each optimizer, owner -> (name, parameter) pairs: what its membership has to be.
@@ -96,6 +95,7 @@ class Parts:
         for part, module in self.modules().items():
             owned = _owners_in(part, module)
             homes = list(dict.fromkeys(held[id(p)] for pairs in owned.values() for _, p in pairs if id(p) in held))
+            homes = homes or self._homes_of(part)
             for owner, pairs in owned.items():
                 for name, parameter in pairs:
                     home = held.get(id(parameter), self._home_for(parameter, homes))
@@ -107,10 +107,30 @@ class Parts:
                 result[held[id(extra)]].setdefault("extras", []).append((f"extras.{name}", extra))
         return result
 
+    def _homes_of(self, part: str) -> list[str]:
+        """The optimizers of a model of which they hold nothing now: the one of its name, or all if it is the only model."""
+        names = {section("model", name): name for name in self.models}
+        if part in names and names[part] in self.optimizers:
+            return [names[part]]
+        return list(self.optimizers) if list(names) == [part] else []
+
     def _home_for(self, parameter: Parameter, homes: list[str]) -> str | None:
         """The optimizer that takes a parameter nobody holds: the first one beside its siblings that can."""
         fitting = (part for part in homes if parameter.ndim == 2 or not isinstance(self.optimizers[part], Muon))
         return next(fitting, None)
+
+
+def tensors_of(found: Mapping[str, ModuleTensors]) -> Sections:
+    """Return the tensors of every module by section."""
+    return {part: module.tensors for part, module in found.items()}
+
+
+def first_names(parameters: Mapping[str, Parameter]) -> dict[int, str]:
+    """Return ``id(parameter)`` -> the first of its names; models may share a parameter."""
+    names: dict[int, str] = {}
+    for name, parameter in parameters.items():
+        names.setdefault(id(parameter), name)
+    return names
 
 
 def _owners_in(part: str, module: nn.Module) -> Owners:

@@ -35,9 +35,7 @@ class OptimizerRecord:
         return [name for group in self.groups for name in group.names]
 
 
-def encode_optimizer(
-    record: OptimizerRecord, loose: trees.TensorTable, path: str
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def encode_optimizer(record: OptimizerRecord, loose: trees.TensorTable, path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return ``record`` as JSON data, and its state tensors, *aliased*, under ``<parameter>.<key>``."""
     groups: list[Json] = [
         {"names": list(group.names), "options": trees.encode(group.options, loose, f"{path}.group{index}")}
@@ -57,26 +55,17 @@ def encode_optimizer(
     return {"kind": record.kind, "groups": groups, "state": state}, tensors
 
 
-def decode_optimizer(
-    data: Mapping[str, Any], tensors: Mapping[str, Tensor], loose: Mapping[str, Tensor]
-) -> OptimizerRecord:
+def decode_optimizer(data: Mapping[str, Any], tensors: Mapping[str, Tensor], loose: Mapping[str, Tensor]) -> OptimizerRecord:
     """Return the record; its state tensors alias ``tensors``. StateMismatch if one is missing."""
-    groups = tuple(
-        GroupRecord(tuple(group["names"]), trees.decode(group["options"], loose)) for group in data["groups"]
-    )
-    missing = [
-        f"moment `{key}` of `{name}` is missing from the snapshot"
-        for name, values in data["state"].items()
-        for key, value in values.items()
-        if value is None and f"{name}.{key}" not in tensors
-    ]
-    if missing:
-        raise StateMismatch("the snapshot is not whole.", tuple(missing))
-    state = {
-        name: {
-            key: tensors[f"{name}.{key}"] if value is None else trees.decode(value[0], loose)
-            for key, value in values.items()
+    groups = tuple(GroupRecord(tuple(group["names"]), trees.decode(group["options"], loose)) for group in data["groups"])
+    try:
+        state = {
+            name: {
+                key: tensors[f"{name}.{key}"] if value is None else trees.decode(value[0], loose)
+                for key, value in values.items()
+            }
+            for name, values in data["state"].items()
         }
-        for name, values in data["state"].items()
-    }
+    except KeyError as error:
+        raise StateMismatch(f"the snapshot is not whole: the moment {error} is missing from it.") from error
     return OptimizerRecord(data["kind"], groups, state)

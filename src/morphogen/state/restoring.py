@@ -13,8 +13,8 @@ from torch.nn import Parameter
 
 from morphogen.errors import StateMismatch
 from morphogen.state import extras, fitting, inventory, schedules, surgery, trees
-from morphogen.state.inventory import module_tensors
-from morphogen.state.parts import Parts, section
+from morphogen.state.inventory import ModuleTensors
+from morphogen.state.parts import Parts, Sections, first_names, section, tensors_of
 from morphogen.state.records import OptimizerRecord, decode_optimizer
 from morphogen.state.snapshot import Snapshot
 from morphogen.state.topology import DynamicModel, TopologyChange
@@ -25,9 +25,15 @@ Records = Mapping[str, OptimizerRecord]
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Structures that are built and checked, ready to commit, by section."""
+    """What was checked.
+
+    Attributes:
+        changes: Structures that are built, ready to commit, by section.
+        found: What is in each module now.
+    """
 
     changes: Mapping[str, TopologyChange]
+    found: Mapping[str, ModuleTensors]
 
 
 def optimizer_records(snapshot: Snapshot) -> dict[str, OptimizerRecord]:
@@ -45,11 +51,11 @@ def plan(parts: Parts, snapshot: Snapshot, records: Records, adopting: bool) -> 
         StateMismatch: With one line for each part, tensor or moment that does not fit.
     """
     changes: dict[str, TopologyChange] = {}
-    tensors: dict[str, Mapping[str, Tensor]] = {}
+    found = parts.found()
+    tensors: dict[str, Mapping[str, Tensor]] = dict(tensors_of(found))
     problems = _missing_parts(parts, snapshot, adopting)
     for part, module in parts.modules().items():
         saved = snapshot.meta["model"].get(part)
-        tensors[part] = module_tensors(module).tensors
         if saved is None:
             continue
         if isinstance(module, DynamicModel) and saved.get("topology") is not None:
@@ -64,7 +70,7 @@ def plan(parts: Parts, snapshot: Snapshot, records: Records, adopting: bool) -> 
         problems += inventory.disagreements(snapshot.table("tensors"), parts.tensor_extras())
     if problems:
         raise StateMismatch("the snapshot does not fit this run.", tuple(problems))
-    return Plan(changes)
+    return Plan(changes, found)
 
 
 def _bare(snapshot: Snapshot) -> bool:
@@ -91,9 +97,7 @@ def _missing_parts(parts: Parts, snapshot: Snapshot, adopting: bool) -> list[str
 def _differences(what: str, live: Iterable[str], snapshot: Snapshot) -> list[str]:
     ours, saved = list(live), list(snapshot.meta.get(what, {}))
     missing = [f"{what} {part!r} is in the run and missing from the snapshot" for part in ours if part not in saved]
-    return missing + [
-        f"{what} {part!r} is in the snapshot and missing from the run" for part in saved if part not in ours
-    ]
+    return missing + [f"{what} {part!r} is in the snapshot and missing from the run" for part in saved if part not in ours]
 
 
 def remember_optimizers(parts: Parts, undo: contextlib.ExitStack) -> None:
@@ -134,28 +138,33 @@ def commit_topology(parts: Parts, planned: Plan, undo: contextlib.ExitStack) -> 
         change.commit()
 
 
-def tensor_copies(parts: Parts, snapshot: Snapshot) -> list[tuple[Tensor, Tensor]]:
+def tensor_copies(parts: Parts, tensors: Sections, snapshot: Snapshot) -> list[tuple[Tensor, Tensor]]:
     """Return (live, saved) pairs for every tensor of models and extras."""
     copies: list[tuple[Tensor, Tensor]] = []
-    for part, module in parts.modules().items():
+    for part, live_tensors in tensors.items():
         saved = snapshot.table(part)
-        copies += [(live, saved[name]) for name, live in module_tensors(module).tensors.items() if name in saved]
+        copies += [(live, saved[name]) for name, live in live_tensors.items() if name in saved]
     table = snapshot.table("tensors")
     return copies + [(live, table[name]) for name, live in parts.tensor_extras().items() if name in table]
 
 
-def write_flags(parts: Parts, snapshot: Snapshot, kinds: Sequence[str], undo: contextlib.ExitStack) -> bool:
+def write_flags(
+    found: Mapping[str, ModuleTensors], snapshot: Snapshot, kinds: Sequence[str], undo: contextlib.ExitStack
+) -> bool:
     """Set the module flags of these kinds ("frozen", "evaluating", "extra_state"); return whether a freeze changed."""
-    changed = False
-    for part, module in parts.modules().items():
+    frozen = False
+    for part, module in found.items():
         saved = snapshot.meta["model"].get(part, {})
         table: trees.TensorTable = {}
         before = inventory.module_flags(module, part, table)
-        undo.callback(inventory.write_module_flags, module, before, table)
-        flags = {kind: saved[kind] for kind in kinds if kind in saved}
-        inventory.write_module_flags(module, flags, snapshot.loose)
-        changed |= "frozen" in flags and set(flags["frozen"]) != set(cast("list[str]", before["frozen"]))
-    return changed
+        changed = {kind: saved[kind] for kind in kinds if kind in saved and saved[kind] != before[kind]}
+        if "extra_state" in kinds and saved.get("extra_state"):  # its tensors are elsewhere, so equal data says nothing
+            changed["extra_state"] = saved["extra_state"]
+        if changed:
+            undo.callback(inventory.write_module_flags, module, before, table)
+            inventory.write_module_flags(module, changed, snapshot.loose)
+        frozen |= "frozen" in changed
+    return frozen
 
 
 def load_each(live: Mapping[str, Any], saved: Mapping[str, Any], loose: Mapping[str, Tensor]) -> None:
@@ -180,9 +189,11 @@ class AdoptedMoments:
     ratios: Mapping[Parameter, float]
 
 
-def adopted_moments(parts: Parts, records: Records, strategy: str) -> dict[str, AdoptedMoments]:
+def adopted_moments(
+    parts: Parts, parameters: Mapping[str, Parameter], records: Records, strategy: str
+) -> dict[str, AdoptedMoments]:
     """Return what "copy", "rescale" or "adaptive" makes of another run's moments; StateMismatch if they do not fit."""
-    parameters, names = parts.parameters(), parts.names()
+    names = first_names(parameters)
     moments: dict[str, AdoptedMoments] = {}
     problems: list[str] = []
     for part, target in parts.optimizers.items():

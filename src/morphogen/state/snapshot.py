@@ -6,6 +6,7 @@ import hashlib
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any, final
 
 import torch
@@ -130,22 +131,27 @@ class BufferPool:
     def _filled(self, live: Tables) -> Tables:
         with self._lock:
             reused = self._free.pop() if self._free else {}
-        tables: Tables = {
-            section: {name: self._buffer(tensor, reused.get(section, {}).get(name)) for name, tensor in table.items()}
-            for section, table in live.items()
-        }
-        pairs = [(tables[section][name], tensor) for section, table in live.items() for name, tensor in table.items()]
-        copy_all(pairs, non_blocking=self._pinned)
+        tables: Tables = {}
+        for section, table in live.items():
+            old = reused.get(section, {})
+            tables[section] = {name: self._buffer(tensor, old.get(name)) for name, tensor in table.items()}
+        targets, sources = (chain.from_iterable(table.values() for table in side.values()) for side in (tables, live))
+        copy_all(zip(targets, sources, strict=True), non_blocking=self._pinned)
         return tables
 
     def _buffer(self, tensor: Tensor, old: Tensor | None) -> Tensor:
         host = self._pinned and tensor.is_cuda
-        device = torch.device("cpu") if host else tensor.device
-        if old is not None and (old.shape, old.dtype, old.device) != (tensor.shape, tensor.dtype, device):
+        if (
+            old is None
+            or old.shape != tensor.shape
+            or old.dtype is not tensor.dtype
+            or not (old.is_cpu if host or tensor.is_cpu else old.device == tensor.device)
+        ):
             old = None
-        if old is not None and old.stride() == tensor.stride():
+        elif old.stride() == tensor.stride():
             return old
         with torch.inference_mode(False):
+            device = torch.device("cpu") if host else tensor.device
             fresh = torch.empty_like(tensor, device=device, requires_grad=False, pin_memory=host)
         # A tensor with gaps in its memory has a buffer without; memory that is never touched costs nothing.
         return old if old is not None and old.stride() == fresh.stride() else fresh

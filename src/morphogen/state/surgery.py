@@ -56,9 +56,9 @@ def read(optimizer: Optimizer, names: Mapping[int, str]) -> OptimizerRecord:
         for group in optimizer.param_groups
     )
     state = {
-        names[id(parameter)]: optimizer.state[parameter]
+        names[id(parameter)]: values
         for parameter in parameters_of(optimizer)
-        if parameter in optimizer.state
+        if (values := optimizer.state.get(parameter)) is not None
     }
     return OptimizerRecord(type(optimizer).__name__, groups, state)
 
@@ -68,9 +68,7 @@ def misshapen(optimizer: Optimizer, names: Mapping[int, str]) -> list[str]:
     return [
         line
         for parameter in parameters_of(optimizer)
-        for line in fitting.misshapen(
-            type(optimizer), names[id(parameter)], optimizer.state.get(parameter, {}), parameter
-        )
+        for line in fitting.misshapen(type(optimizer), names[id(parameter)], optimizer.state.get(parameter, {}), parameter)
     ]
 
 
@@ -112,9 +110,7 @@ def write(
     return write_state(optimizer, record.state, parameters)
 
 
-def _write_group(
-    group: dict[str, Any], saved: GroupRecord, members: list[Parameter], defaults: Mapping[str, Any]
-) -> None:
+def _write_group(group: dict[str, Any], saved: GroupRecord, members: list[Parameter], defaults: Mapping[str, Any]) -> None:
     """Rewrite one live group in place, so that references to it and to its tensor learning rate stay good."""
     group["params"][:] = members
     options = {**defaults, **saved.options}
@@ -132,23 +128,24 @@ def write_state(
     optimizer: Optimizer, state: Mapping[str, Mapping[str, Any]], parameters: Mapping[str, Parameter]
 ) -> list[tuple[Tensor, Tensor]]:
     """Replace all per-parameter state by ``state``; groups and options stay. Returns copies as :func:`write` does."""
-    wanted = {parameters[name]: values for name, values in state.items()}
-    for parameter in [parameter for parameter in optimizer.state if parameter not in wanted]:
+    wanted = {id(parameters[name]): values for name, values in state.items()}
+    for parameter in [parameter for parameter in optimizer.state if id(parameter) not in wanted]:
         del optimizer.state[parameter]
     copies: list[tuple[Tensor, Tensor]] = []
     for group in optimizer.param_groups:
         on_device = bool(group.get("capturable") or group.get("fused"))
         for parameter in group["params"]:
-            if parameter in wanted:
-                copies += _write_values(optimizer.state[parameter], wanted[parameter], parameter, on_device)
+            if id(parameter) in wanted:
+                copies += _write_values(optimizer.state[parameter], wanted[id(parameter)], parameter, on_device)
     return copies
 
 
 def _write_values(
     live: dict[str, Any], saved: Mapping[str, Any], parameter: Parameter, step_on_device: bool
 ) -> list[tuple[Tensor, Tensor]]:
-    for key in [key for key in live if key not in saved]:
-        del live[key]
+    if live.keys() != saved.keys():
+        for key in live.keys() - saved.keys():
+            del live[key]
     copies: list[tuple[Tensor, Tensor]] = []
     for key, value in saved.items():
         old = live.get(key)
@@ -300,7 +297,7 @@ def remember(optimizer: Optimizer) -> Callable[[], None]:
     """
     groups = [(group, {**group, "params": list(group["params"])}) for group in optimizer.param_groups]
     rates = [(v, v.detach().clone()) for group, _ in groups for v in group.values() if isinstance(v, Tensor)]
-    state = {parameter: (values, dict(values)) for parameter, values in optimizer.state.items()}
+    state = [(parameter, values, dict(values)) for parameter, values in optimizer.state.items()]
 
     def put_back() -> None:
         for group, before in groups:
@@ -312,7 +309,7 @@ def remember(optimizer: Optimizer) -> Callable[[], None]:
         for live, before in rates:
             live.copy_(before)
         optimizer.state.clear()
-        for parameter, (values, before) in state.items():
+        for parameter, values, before in state:
             values.clear()
             values.update(before)
             optimizer.state[parameter] = values

@@ -29,7 +29,8 @@ class DynamicModel(Protocol):
 
     ``topology`` is plain JSON data from which ``plan_topology`` can rebuild the structure in a fresh model. ``owners``
     says who owns which parameter. Callbacks given to ``on_topology_change`` run inside each operation that changes the
-    structure; if one raises, the operation is undone.
+    structure. If one raises, the operation is undone; what an earlier one returned, if anything, is called to take back
+    what it did.
     """
 
     def topology(self) -> Json:
@@ -44,6 +45,6 @@ class DynamicModel(Protocol):
         """Owner -> its (name, parameter) pairs; names as in ``named_parameters``."""
         ...
 
-    def on_topology_change(self, callback: Callable[[], None]) -> None:
+    def on_topology_change(self, callback: Callable[[], Callable[[], None] | None]) -> None:
         """Call ``callback`` after each change of structure, held weakly if it is a bound method."""
         ...

@@ -16,8 +16,7 @@ from morphogen.state import checkpoint, extras as extra_kinds, inventory, restor
 from morphogen.state.diagnosis import diagnose
 from morphogen.state.events import OptimizerReset
 from morphogen.state.generators import read_global_generators, write_global_generators
-from morphogen.state.inventory import module_tensors
-from morphogen.state.parts import Parts, section
+from morphogen.state.parts import Parts, first_names, section, tensors_of
 from morphogen.state.records import encode_optimizer
 from morphogen.state.schedules import kind_of
 from morphogen.state.snapshot import BufferPool, Snapshot, Tables
@@ -46,6 +45,7 @@ class TrainingState:
         emit: Receives events.
 
     Example:
+        >>> import torch
         >>> model = nn.Linear(2, 1)
         >>> state = TrainingState(model, torch.optim.SGD(model.parameters(), lr=0.1))
         >>> snapshot = state.capture()
@@ -75,7 +75,8 @@ class TrainingState:
         self._emit = emit
         self._follows_topology = True
         self._remembered: dict[int, tuple[Parameter, str]] = {}
-        self._names()
+        self._known: dict[int, str] = {}
+        self._name(self._parts.parameters())
         for module in self._parts.models.values():
             if isinstance(module, DynamicModel):
                 module.on_topology_change(self._follow_topology)
@@ -108,15 +109,15 @@ class TrainingState:
         loose: trees.TensorTable = {}
         live: Tables = {"tensors": parts.tensor_extras()}
         meta: dict[str, Any] = {"model": {}, "optimizer": {}}
-        for part, module in parts.modules().items():
-            found = module_tensors(module)
-            live[part] = found.tensors
+        found, modules = parts.found(), parts.modules()
+        for part, inside in found.items():
+            live[part] = inside.tensors
             meta["model"][part] = {
-                "aliases": found.aliases,
-                "topology": _topology(module, part, loose),
-                **inventory.module_flags(module, part, loose),
+                "aliases": inside.aliases,
+                "topology": _topology(modules[part], part, loose),
+                **inventory.module_flags(inside, part, loose),
             }
-        names = self._names()
+        names = self._name(parts.parameters(tensors_of(found)))
         for part, optimizer in parts.optimizers.items():
             name = section("optimizer", part)
             meta["optimizer"][part], live[name] = encode_optimizer(surgery.read(optimizer, names), loose, name)
@@ -155,9 +156,10 @@ class TrainingState:
         with self._all_or_nothing() as undo:
             restoring.write_extras(parts, snapshot, ("stream", "state"), undo)
             restoring.commit_topology(parts, planned, undo)
-            regrouped = restoring.write_flags(parts, snapshot, ("frozen", "evaluating", "extra_state"), undo)
-            copies = restoring.tensor_copies(parts, snapshot)
-            parameters = parts.parameters()
+            found = parts.found() if planned.changes else planned.found
+            regrouped = restoring.write_flags(found, snapshot, ("frozen", "evaluating", "extra_state"), undo)
+            tensors = tensors_of(found)
+            copies, parameters = restoring.tensor_copies(parts, tensors, snapshot), parts.parameters(tensors)
             for part, record in records.items():
                 target = parts.optimizers[part]
                 copies += surgery.write(target, record, parameters, parts.schedulers_of(target))
@@ -171,12 +173,13 @@ class TrainingState:
             inventory.copy_all(copies)
         if "generators" in snapshot.meta:
             write_global_generators(trees.decode(snapshot.meta["generators"], snapshot.loose))
-        self._start_afresh()
+        self._start_afresh(parameters)
 
     def adopt(self, snapshot: Snapshot, optimizer: AdoptStrategy = "reset") -> None:
         """Take over another run's weights, buffers, structure, scaler and normalisers; keep this run's chance and rates.
 
         Groups, per-group learning rates and schedule stay this run's; generators are not touched; gradients are cleared.
+        Which parameters are frozen is part of the structure: the optimizers' membership follows it.
 
         Args:
             snapshot: Of a run with the same parts; parameters are matched by name.
@@ -196,20 +199,21 @@ class TrainingState:
         with self._all_or_nothing() as undo:
             restoring.write_extras(parts, snapshot, ("state",), undo)
             restoring.commit_topology(parts, planned, undo)
-            restoring.write_flags(parts, snapshot, ("extra_state",), undo)
-            if planned.changes:
+            found = parts.found() if planned.changes else planned.found
+            regrouped = restoring.write_flags(found, snapshot, ("frozen", "extra_state"), undo)
+            if planned.changes or regrouped:
                 self.reshape()
-            moments = {} if optimizer == "reset" else restoring.adopted_moments(parts, records, optimizer)
-            copies = restoring.tensor_copies(parts, snapshot)
+            tensors = tensors_of(found)
+            copies, parameters = restoring.tensor_copies(parts, tensors, snapshot), parts.parameters(tensors)
+            moments = {} if optimizer == "reset" else restoring.adopted_moments(parts, parameters, records, optimizer)
             self._reset_optimizers()
-            parameters = parts.parameters()
             for part, adopted in moments.items():
                 copies += surgery.write_state(parts.optimizers[part], adopted.state, parameters)
             restoring.load_each(parts.scalers, snapshot.meta.get("scaler", {}), snapshot.loose)
             inventory.copy_all(copies)
         for part, adopted in moments.items():
             surgery.rescale_moments(parts.optimizers[part], adopted.ratios)
-        self._start_afresh()
+        self._start_afresh(parameters)
 
     def reshape(self) -> None:
         """Re-derive every optimizer's membership from who owns which parameter; moments of parameters that stay are kept.
@@ -225,7 +229,7 @@ class TrainingState:
                 options = {owner: self._newborn_options(owner) for owner in owners[part]}
                 schedulers = self._parts.schedulers_of(optimizer)
                 surgery.sync_groups(optimizer, owners[part], options=options, schedulers=schedulers)
-        self._names()
+        self._name(self._parts.parameters())
 
     def verify(self) -> None:
         """Check that the parts belong together and are finite.
@@ -236,7 +240,7 @@ class TrainingState:
                 (stepped twice) and each *non-finite* parameter, buffer or moment, by name.
         """
         remembered = {key: name for key, (_, name) in self._remembered.items()}
-        problems = diagnose(self._parts, remembered | self._names())
+        problems = diagnose(self._parts, remembered | self._name(self._parts.parameters()))
         if problems:
             raise StateMismatch("the training state is not sound.", tuple(problems))
 
@@ -302,28 +306,36 @@ class TrainingState:
                 undo.close()
                 self._follows_topology = follows
 
-    def _follow_topology(self) -> None:
-        if self._follows_topology:
+    def _follow_topology(self) -> Callable[[], None] | None:
+        """Reshape after a change of structure; return what takes that back, should another follower refuse."""
+        if not self._follows_topology:
+            return None
+        with contextlib.ExitStack() as undo:
+            restoring.remember_optimizers(self._parts, undo)
             self.reshape()
+            return undo.pop_all().close
 
-    def _names(self) -> dict[int, str]:
+    def _name(self, parameters: Mapping[str, Parameter]) -> dict[int, str]:
         """Name each live parameter, and remember for :meth:`verify` the names of those an optimizer still holds."""
-        names = self._parts.names()
-        live = {key: parameter for parameter in self._parts.parameters().values() if (key := id(parameter)) in names}
+        names = first_names(parameters)
+        if names == self._known:
+            return names
+        live = {id(parameter): parameter for parameter in parameters.values()}
         held = {id(p) for optimizer in self.optimizers.values() for p in surgery.parameters_of(optimizer)}
         kept = {key: value for key, value in self._remembered.items() if key in held}
         self._remembered = kept | {key: (live[key], name) for key, name in names.items()}
+        self._known = names
         return names
 
     def _reset_optimizers(self) -> None:
         for optimizer in self.optimizers.values():
             surgery.reset_moments(optimizer)
 
-    def _start_afresh(self) -> None:
+    def _start_afresh(self, parameters: Mapping[str, Parameter]) -> None:
         """Nothing of a step that was under way may leak into the next one."""
-        self._names()
+        self._name(parameters)
         restoring.ready_scalers(self._parts)
-        for parameter in self._parts.parameters().values():
+        for parameter in parameters.values():
             parameter.grad = None
 
 

@@ -82,8 +82,11 @@ def _encode_container(tree: object, tensors: TensorTable, path: str) -> Json:
         ]
         return {_TAG: "counter" if counts else "dict", "items": pairs}
     if isinstance(tree, list | tuple | collections.deque):
-        sequence = cast("list[object]", tree)
-        items = [encode(item, tensors, f"{path}.{index}") for index, item in enumerate(sequence)]
+        sequence = cast("list[Any]", tree)
+        if all(type(item) is int for item in sequence):  # the state of a generator has 624 of them
+            items: list[Json] = list(sequence)
+        else:
+            items = [encode(item, tensors, f"{path}.{index}") for index, item in enumerate(sequence)]
         if isinstance(tree, list):
             return items
         if isinstance(tree, collections.deque):
@@ -102,7 +105,7 @@ def decode(data: Json, tensors: Mapping[str, Tensor]) -> Any:
         ValueError: ``data`` is not what :func:`encode` writes, or names a tensor that ``tensors`` lacks.
     """
     if isinstance(data, list):
-        return [decode(item, tensors) for item in data]
+        return [decode(item, tensors) if type(item) in (dict, list) else item for item in data]
     if not isinstance(data, dict):
         return data
     if _TAG not in data:
@@ -117,7 +120,7 @@ def _decode_tagged(data: dict[str, Any], tensors: Mapping[str, Tensor]) -> objec
     if tag in _SCALARS:
         return _SCALARS[tag](data)
     if tag in _COLLECTIONS:
-        return _COLLECTIONS[tag]([decode(item, tensors) for item in data["items"]], data)
+        return _COLLECTIONS[tag](cast("list[Any]", decode(data["items"], tensors)), data)
     raise ValueError(f"state data has the unknown tag {tag!r}. It was written by another version of morphogen.")
 
 

@@ -129,4 +129,3 @@ class BuiltTask:
     model: GrowableModel
     optimizer: torch.optim.Optimizer
     streams: RandomStreams
-

@@ -58,6 +58,6 @@ TASK = Task(
     batch_size=64,
     total_steps=1200,
     tick_steps=25,
-    learning_rate=2e-2,
+    learning_rate=4e-2,
     weight_decay=1e-2,
 )

@@ -1,0 +1,1 @@
+"""What happened, and where it is shown: typed events, and sinks that cannot change a result."""

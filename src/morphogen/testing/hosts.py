@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import random
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +14,7 @@ from morphogen.growth.layouts import LAYOUTS, Layout, width_of
 from morphogen.growth.lifecycle import NEXT_STAGE
 from morphogen.growth.probing import Example, example_call
 from morphogen.state import draw_from
+from morphogen.state.generators import read_global_generators, write_global_generators
 from morphogen.telemetry.events import Emit, discard
 
 LENIENT = GrowthConfig(
@@ -123,7 +122,7 @@ _HOSTS: dict[Layout, type[nn.Module]] = {"NC": _Features, "NCL": _Signal, "NLC":
 
 
 def host_cases(width: int = 8) -> tuple[HostCase, ...]:
-    """Return one case for each layout, for ``pytest.mark.parametrize("case", host_cases(), ids=str)``."""
+    """Return one case for each layout; ``str`` of a case is the id of a test."""
     return tuple(HostCase(layout, width) for layout in LAYOUTS)
 
 
@@ -195,7 +194,7 @@ def check_host(host: nn.Module, points: Mapping[str, str | GrowthPoint], example
     """
     bare, grown = copy.deepcopy(host), copy.deepcopy(host)
     modes = {name: part.training for name, part in host.named_modules()}
-    chance = _chance()
+    chance = chance_state()
     model = GrowableModel(grown, points, example, config=LENIENT)
     for slot in points:
         layout = model.slot(slot).site.layout
@@ -203,7 +202,7 @@ def check_host(host: nn.Module, points: Mapping[str, str | GrowthPoint], example
             model.germinate(slot, name)
             _same_tensors(f"{name!r} germinated in {slot!r}", bare.state_dict(), grown.state_dict())
             lead_to(model, slot, Stage.DORMANT, example)
-    assert _chance() == chance, "slots and seeds must draw from no global generator, one of them moved."
+    assert chance_state() == chance, "slots and seeds must draw from no global generator, one of them moved."
     assert {name: part.training for name, part in grown.named_modules()} == modes, "slots must keep train/eval modes."
     assert list(model.stages()) == list(points), f"slots must be in the order of the points, are {list(model.stages())}."
     _check_widths(model, example)
@@ -213,13 +212,13 @@ def check_host(host: nn.Module, points: Mapping[str, str | GrowthPoint], example
 
 
 def _output(module: nn.Module, training: bool, example: Example) -> dict[str, Tensor]:
-    """Run a copy of ``module`` in one mode, with dropout and the like drawn alike for every module."""
+    """Run a copy of ``module`` in one mode; dropout and the like draw what they would draw next, and it is put back."""
     args, kwargs = example_call(copy.deepcopy(example))
     outputs: dict[str, Tensor] = {}
     module = copy.deepcopy(module).train(training)
-    with torch.random.fork_rng(devices=[]):
-        torch.set_rng_state(torch.Generator().manual_seed(0).get_state())
-        output = module(*args, **kwargs)
+    chance = read_global_generators()
+    output = module(*args, **kwargs)
+    write_global_generators(chance)
     flat = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else (output,)
     for index, value in enumerate(flat):
         if isinstance(value, Tensor):
@@ -252,6 +251,7 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
     return torch.equal(*(tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (left, right)))
 
 
-def _chance() -> tuple[object, ...]:
-    numpy_state = np.random.get_state(legacy=False)
-    return (torch.get_rng_state().numpy().tobytes(), random.getstate(), repr(numpy_state))
+def chance_state() -> dict[str, str]:
+    """Return the states of the global generators in a form that ``==`` compares."""
+    state = read_global_generators()
+    return {**{name: repr(value) for name, value in state.items()}, "torch": repr(state["torch"].tolist())}

@@ -1,0 +1,28 @@
+"""Every example runs as its head says, in a process of its own, and shows what it promises."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+PROMISES = {
+    "governed_loop.py": ("rewind: loss is nan", "after 1 rewind(s)"),
+    "grow_by_hand.py": ("fossilised, contributing", "same outputs: True"),
+}
+
+
+def test_every_example_has_a_promise() -> None:
+    assert {path.name for path in EXAMPLES.glob("*.py")} == set(PROMISES)
+
+
+@pytest.mark.parametrize("name", PROMISES)
+def test_example(name: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "error", str(EXAMPLES / name)]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert found.returncode == 0, found.stderr
+    for words in PROMISES[name]:
+        assert words in found.stdout
