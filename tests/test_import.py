@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -53,9 +54,11 @@ def test_no_public_name_needs_an_optional_dependency(installed: Path) -> None:
     assert not imported_by(EVERY_PUBLIC_NAME, installed) & set(OPTIONAL)
 
 
-def test_the_version_is_the_one_that_is_packaged() -> None:
-    project = tomllib.loads((SOURCE.parent / "pyproject.toml").read_text("utf-8"))["project"]
-    assert project["version"] == morphogen.__version__
+def test_the_version_is_declared_once() -> None:
+    project = tomllib.loads((SOURCE.parent / "pyproject.toml").read_text("utf-8"))
+    assert "version" in project["project"]["dynamic"]
+    assert (SOURCE.parent / project["tool"]["hatch"]["version"]["path"]).read_text().count(morphogen.__version__) == 1
+    assert importlib.metadata.version("morphogen") == morphogen.__version__
 
 
 def test_an_optional_dependency_would_be_seen(installed: Path) -> None:

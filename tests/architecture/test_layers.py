@@ -30,7 +30,7 @@ def lint_imports(source: Path, *contracts: str) -> subprocess.CompletedProcess[s
 def write_package(source: Path, **modules: str) -> Path:
     """Write a package that has this one's floors, and the code of ``modules`` (path with __ for /, without .py)."""
     package = source / "morphogen"
-    empty = ["errors", "config", "telemetry/events", *(f"{floor}/__init__" for floor in FLOORS)]
+    empty = ["errors", "config", "version", "telemetry/events", *(f"{floor}/__init__" for floor in FLOORS)]
     files = dict.fromkeys(empty, "") | {name.replace("__", "/"): code for name, code in modules.items()}
     for name, code in files.items():
         file = package / f"{name}.py"

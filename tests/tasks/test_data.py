@@ -301,9 +301,24 @@ def test_a_damaged_file_is_generated_again_and_said(damage: str, cache: Path, so
     assert source.calls == 2, "the file was not repaired"
 
 
-def test_a_checksum_whose_data_is_not_there_yet_is_no_damage(cache: Path, source: Source) -> None:
-    cached_task_data("small-v1", source)
-    (cache / "small-v1.safetensors").unlink()
+@pytest.mark.parametrize("writes", [0, 1])
+def test_killed_between_its_files_the_cache_is_not_taken_for_damaged(
+    writes: int, cache: Path, source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace, done = Path.replace, list[Path]()
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if len(done) == writes:
+            raise KeyboardInterrupt
+        done.append(target)
+        return replace(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            cached_task_data("small-v1", source)
+    assert len(list(cache.iterdir())) == writes
+    assert same(cached_task_data("small-v1", source), Source()())  # a warning would be an error
     cached_task_data("small-v1", source)
     assert source.calls == 2
 

@@ -23,18 +23,20 @@ def gradient_norm(optimizers: Iterable[Optimizer], device: torch.device) -> Tens
 
     Norms of half-precision gradients are summed in float32: a float16 sum overflows above 65504.
     """
-    gradients: dict[bool, list[Tensor]] = collections.defaultdict(list)
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = collections.defaultdict(list)
     for optimizer in optimizers:
         for parameter in surgery.parameters_of(optimizer):
             if parameter.grad is not None:
                 gradient = parameter.grad.detach()
                 gradient = gradient.coalesce().values() if gradient.is_sparse else gradient
-                gradients[gradient.dtype in _HALF].append(gradient)
-    if not gradients:
+                groups[gradient.device, gradient.dtype].append(gradient)
+    if not groups:
         return None
-    norms = [*_foreach_norm(gradients[False])] if gradients[False] else []
-    norms += _foreach_norm(gradients[True], 2, torch.float32) if gradients[True] else []
-    return torch.stack([norm.to(device, torch.float64) for norm in norms]).norm()
+    norms = [
+        torch.stack(_foreach_norm(group, 2, torch.float32) if dtype in _HALF else _foreach_norm(group))
+        for (_, dtype), group in groups.items()
+    ]
+    return torch.cat([norm.to(device, torch.float64) for norm in norms]).norm()
 
 
 def is_routine_overflow(loss: float, grad_norm: float | None, scalers: Mapping[str, Any]) -> bool:

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def straight_through(h: Tensor, r: Tensor, ratio: float) -> Tensor:
@@ -38,18 +37,16 @@ class _Silent(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, r: Tensor, h: Tensor, ratio: float) -> Tensor:
-        """Keep ``r`` and the size of ``h`` for the way back."""
-        ctx.ratio = ratio
-        ctx.save_for_backward(r, _norm(h))
+        """Keep ``r`` and its limit for the way back."""
+        ctx.save_for_backward(r, _norm(h).mul_(ratio))
         return torch.full((), -0.0, dtype=r.dtype, device=r.device).expand_as(r)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return g + |g| / max(limit, |r| / 2) * r."""
-        r, size = ctx.saved_tensors
-        pull = _norm(grad) / torch.maximum(ctx.ratio * size, _norm(r) / 2)
-        return grad + r * pull.nan_to_num(posinf=0.0).clamp_max(torch.finfo(r.dtype).max).to(r.dtype), None, None
+        r, limit = ctx.saved_tensors
+        pull = _norm(grad).div_(torch.maximum(limit, _norm(r).mul_(0.5)).clamp_min_(1e-30))
+        return torch.addcmul(grad, r, pull.clamp_max_(torch.finfo(r.dtype).max).to(r.dtype)), None, None
 
 
 def _norm(tensor: Tensor) -> Tensor:

@@ -127,7 +127,7 @@ def stratified_split(targets: npt.NDArray[np.int64], sizes: Sequence[int], seed:
 
     Example:
         >>> [part.tolist() for part in stratified_split(np.array([0, 1, 0, 1, 0, 1]), (4, 2), seed=0)]
-        [[0, 1, 2, 5], [3, 4]]
+        [[0, 1, 2, 3], [4, 5]]
     """
     if sum(sizes) != len(targets) or min(sizes) < 0:
         raise ValueError(

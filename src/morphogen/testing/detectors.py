@@ -101,9 +101,10 @@ def check_learns_from_accept_alone(case: DetectorCase) -> None:
     """However often and whatever it inspects, a detector answers the same afterwards."""
     for name, trace in case.traces.items():
         plain, nosy = case.trained(trace), case.trained(trace)
-        for observation in _probes(trace) * 3:
-            nosy.inspect(observation)
-        _same(f"inspecting after a healthy run ({name}) must teach nothing", nosy, plain, trace)
+        for extreme in _variants(trace[-1], _WILD):
+            for observation in (*_probes(trace), extreme):
+                nosy.inspect(observation)
+            _same(f"inspecting after a healthy run ({name}) must teach nothing", nosy, plain, trace)
 
 
 def check_survives_non_finite(case: DetectorCase) -> None:
@@ -111,10 +112,10 @@ def check_survives_non_finite(case: DetectorCase) -> None:
     for name, trace in case.traces.items():
         plain, hurt = case.make(), case.make()
         for observation in trace:
-            for broken in _variants(observation, _BROKEN):
-                hurt.inspect(broken)
             for detector in (plain, hurt):
                 _show(detector, (observation,))
+            for broken in _variants(observation, _BROKEN):
+                hurt.inspect(broken)
         _same(f"NaN and Inf in a healthy run ({name}) must not blind it", hurt, plain, trace)
 
 
@@ -129,6 +130,7 @@ def check_goes_on_after_reload(case: DetectorCase) -> None:
         assert json.dumps(state) == written, f"`state_dict` must be a copy: it changed as the run ({name}) went on."
         for what, second in (("a new detector", case.make()), ("a used detector", case.trained(tail))):
             second.load_state_dict(json.loads(written))
+            _same(f"{what} with the state loaded must be as the first was ({name})", second, case.trained(head), trace)
             _show(second, tail)
             _same(f"{what} with the state loaded must go on as the first ({name})", second, first, trace)
 
