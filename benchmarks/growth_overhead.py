@@ -1,7 +1,7 @@
 """What growth costs in the training step, as ratios to the same network without it.
 
-Two convolutional hosts in float32 on one thread: *small* (3 blocks of 8 to 16 channels on 8x8 images) and *medium* (4 blocks of 64
-channels on 16x16 images), a slot after each block. Compared are one training step (SGD with momentum) of
+Two convolutional hosts in float32 on one thread: *small* (3 blocks of 8 to 16 channels on 8x8 images) and *medium*
+(4 blocks of 64 channels on 16x16 images), a slot after each block. Compared are one training step (SGD with momentum) of
 
     dormant     a GrowableModel with empty slots            with the bare host
     incubating  one seed in incubation                      with the bare host, and the same seed trained beside it by hand
@@ -110,7 +110,7 @@ def main() -> None:
     print(f"written to {options.json}")
 
 
-def measure(name: str, rounds: int, widths: tuple[int, ...], size: int, batch: int, steps: int) -> dict[str, Any]:
+def measure(name: str, rounds: int, *, widths: tuple[int, ...], size: int, batch: int, steps: int) -> dict[str, Any]:
     """Print the table of one host and return it as JSON data."""
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(batch, 3, size, size, generator=generator)
@@ -165,9 +165,7 @@ def build(host: Host, inputs: Tensor, labels: Tensor) -> dict[str, Callable[[], 
     }
 
 
-def training(
-    module: nn.Module, inputs: Tensor, labels: Tensor, beside: HostAndSeed | None = None
-) -> Callable[[], object]:
+def training(module: nn.Module, inputs: Tensor, labels: Tensor, beside: HostAndSeed | None = None) -> Callable[[], object]:
     """Return one training step of ``module``; ``beside`` has a residual that gets a gradient of its own."""
     module.train()
     optimizer = torch.optim.SGD(module.parameters(), lr=1e-4, momentum=0.9)

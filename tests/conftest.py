@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
 
 torch.set_num_threads(1)
+os.environ.setdefault("MORPHOGEN_DATA", str(Path(tempfile.gettempdir()) / "morphogen-test-data"))  # not the user's cache
 
 
 @pytest.fixture

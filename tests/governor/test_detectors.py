@@ -141,9 +141,7 @@ def test_a_detector_of_metrics_is_shown_runs_that_have_them() -> None:
             low = observation.metrics.get("entropy", 1.0) < 0.1
             return Finding(detector=self.name, message="collapsed", value=0.0) if low else None
 
-    healthy = {
-        "varied": tuple(Observation(step=step, loss=1.0, metrics={"entropy": 0.9 - step / 1000}) for step in range(100))
-    }
+    healthy = {"varied": tuple(Observation(step=step, loss=1.0, metrics={"entropy": 0.9 - step / 1000}) for step in range(100))}
     check_detector(Diversity, healthy)
     collapsed = {"collapsed": (Observation(step=0, loss=1.0, metrics={"entropy": 0.01}),)}
     with pytest.raises(AssertionError, match="collapsed"):

@@ -145,9 +145,7 @@ def saved(kit: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("what", WAYS)
-def test_a_damaged_file_is_refused_and_the_governor_is_as_it_was(
-    kit: Any, tmp_path: Path, saved: Path, what: str
-) -> None:
+def test_a_damaged_file_is_refused_and_the_governor_is_as_it_was(kit: Any, tmp_path: Path, saved: Path, what: str) -> None:
     shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
     damage_file(what, tmp_path)
     loop, twin = kit.Loop(CONFIG), kit.Loop(CONFIG)

@@ -211,9 +211,9 @@ def test_no_healthy_run_is_rewound(governors: dict[str, Governor]) -> None:
 
 
 def test_alarms_are_as_rare_as_documented(governors: dict[str, Governor]) -> None:
-    """About 0.1 in 1,000 steps: one is expected in these 9,600, and three would be too many."""
+    """0.15 in 1,000 steps: one or two are expected in these 9,600."""
     alarms = {name: governor.skipped_steps for name, governor in governors.items() if governor.skipped_steps}
-    assert sum(alarms.values()) <= 2, alarms
+    assert sum(alarms.values()) <= 3, alarms
 
 
 def test_every_healthy_run_ends_healthy_and_with_two_good_generations(governors: dict[str, Governor]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from morphogen.errors import SlotError
 from morphogen.growth import GrowableModel, GrowthPoint, Sowing, Stage, blueprints
+from morphogen.growth.blueprints import blueprint, registry
 from morphogen.growth.layouts import LAYOUTS, Layout
 from morphogen.growth.lifecycle import OPERATORS
 from morphogen.testing import LENIENT, HostCase, host_cases, lead_to
@@ -191,6 +192,34 @@ def test_state_dict_goes_into_a_second_export(tmp_path: Path) -> None:
     assert torch.equal(first(case.example()), second(case.example()))
 
 
+def test_parts_of_a_seed_with_confusable_names_and_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_ROWS", dict(registry._ROWS))
+
+    @blueprint("confusable", layouts=("NC",))
+    class Confusable(nn.Module):
+        def __init__(self, width: int, layout: Layout) -> None:
+            super().__init__()
+            self.a_b = nn.Linear(width, width)
+            self.a = nn.Sequential()
+            self.a.b = nn.Linear(width, width)
+            self.base = nn.Linear(width, width)
+            self.register_buffer("scale", torch.full((width,), 2.0))
+
+        def forward(self, h: Tensor) -> Tensor:
+            return self.base(torch.tanh(self.a_b(self.a.b(h * self.scale))))
+
+        @staticmethod
+        def parameter_count(width: int, layout: Layout) -> int:
+            return 3 * (width**2 + width)
+
+    example = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    model = grown_alone(nn.Sequential(nn.Linear(6, 6)), "0", example, "confusable")
+    plain, inputs = model.export(), torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(plain(inputs), model(inputs))
+    assert any(torch.equal(buffer, torch.full((6,), 2.0)) for buffer in plain.buffers())
+    assert sum(p.numel() for p in plain.parameters()) == sum(p.numel() for p in model.parameters())
+
+
 def test_other_peoples_hooks_are_kept_on_both_sides(kit: Any) -> None:
     host = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Tanh())
     host[2].register_forward_hook(lambda part, args, out: out * 2)
@@ -317,9 +346,9 @@ class Aliased(nn.Module):
         return self.first(x)
 
 
-def grown_alone(host: nn.Module, path: str, inputs: Tensor) -> GrowableModel:
+def grown_alone(host: nn.Module, path: str, inputs: Tensor, name: str = "mlp") -> GrowableModel:
     model = GrowableModel(host, {"a": path}, inputs, config=LENIENT)
-    model.germinate("a", "mlp")
+    model.germinate("a", name)
     lead_to(model, "a", Stage.FOSSILIZED, inputs)
     for parameter in model.slots.parameters():
         nn.init.normal_(parameter, std=0.5, generator=torch.Generator().manual_seed(0))

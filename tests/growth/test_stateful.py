@@ -18,7 +18,7 @@ from morphogen.growth import Sowing, Stage
 from morphogen.growth.lifecycle import ACTING, LIVE, NEXT_STAGE, OPERATORS, SlotState
 from morphogen.growth.ramps import CURVES
 from morphogen.growth.topology import read_topology
-from morphogen.testing import LENIENT, HostCase, lead_to
+from morphogen.testing import LENIENT, HostCase
 
 CASE = HostCase("NLC")
 CONFIG = LENIENT.replace(pruned_ticks=1, embargo_ticks=1, resetting_ticks=1)
@@ -94,9 +94,7 @@ class Growth(RuleBasedStateMachine):
     @rule(slot=slots)
     def advance(self, slot: str) -> None:
         state = self.states()[slot]
-        gate = self.attempt(
-            slot, state.stage in NEXT_STAGE and not state.is_pruning, lambda: self.run.model.advance(slot)
-        )
+        gate = self.attempt(slot, state.stage in NEXT_STAGE and not state.is_pruning, lambda: self.run.model.advance(slot))
         if gate is not None:
             after = self.run.model.stages()[slot]
             assert after is (NEXT_STAGE[state.stage] if gate else state.stage)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import operator
 from collections.abc import Generator, Mapping
 from typing import Any, cast
 
@@ -124,13 +125,30 @@ class _Tail(nn.Module):
 
 def _grown(base: nn.Module, seed: Seed, alpha: float) -> nn.Module:
     """Return the submodule with its seed; it takes the arguments that the submodule takes."""
-    tail = fx.Tracer().trace(_Tail(seed, alpha))
+    root = nn.Module()
+    root.base = base
+    added = _Tail(seed, alpha)
+    tail = fx.Tracer().trace(added)
+    for node in tail.nodes:
+        if node.op in ("call_module", "get_attr"):
+            node.target = _taken_over(root, added, str(node.target))
     graph = fx.Graph()
     feature = next(node for node in tail.nodes if node.op == "placeholder")
     graph.output(graph.graph_copy(tail, {feature: _call_base(graph, base)}))
-    root = nn.Module()
-    root.base, root.seed = base, seed
     return fx.GraphModule(root, graph, class_name="Grown")
+
+
+def _taken_over(root: nn.Module, owner: nn.Module, path: str) -> str:
+    """Put what ``owner`` has at ``path`` directly into ``root``, as a short path is looked up faster; return its name there."""
+    found: object = operator.attrgetter(path)(owner)
+    name = path.replace("seed.body.", "seed_").replace("seed.gate.", "gate_").replace(".", "_")
+    while getattr(root, name, found) is not found:
+        name += "_"
+    if isinstance(found, nn.Module | nn.Parameter):
+        setattr(root, name, found)
+    else:
+        root.register_buffer(name, cast("Tensor", found))
+    return name
 
 
 def _call_base(graph: fx.Graph, base: nn.Module) -> fx.Node:

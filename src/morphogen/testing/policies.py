@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 
-from morphogen.control import Action, ActionMask, Observation, Op, Policy, Random, action_mask, execute, view_slots
+from morphogen.control import Action, ActionMask, Observation, Op, Policy, action_mask, execute, view_slots
 from morphogen.errors import SlotError
-from morphogen.growth import GateConfig, GrowableModel, GrowthConfig, Sowing, blueprints
+from morphogen.growth import GateConfig, GrowableModel, GrowthConfig, Sowing, Stage, blueprints
 from morphogen.growth.layouts import Layout
 from morphogen.growth.lifecycle import OPERATORS
 from morphogen.testing.hosts import LENIENT, HostCase
@@ -25,6 +25,7 @@ from morphogen.testing.hosts import LENIENT, HostCase
 _NUM_TICKS = 40
 _QUICK = GrowthConfig(pruned_ticks=1, embargo_ticks=1, resetting_ticks=1, gates=LENIENT.gates)
 _STRICT = GrowthConfig(gates=GateConfig(min_contribution=0.1))
+_WEIGHTS = {Op.WAIT: 2, Op.GERMINATE: 3, Op.ADVANCE: 6, Op.SET_ALPHA_TARGET: 0.5, Op.PRUNE: 0.5, Op.FOSSILIZE: 3}
 _CONFIGS = (_QUICK, LENIENT, GrowthConfig(), _STRICT)
 
 
@@ -60,12 +61,12 @@ def some_sowings(layout: Layout = "NC") -> tuple[Sowing, ...]:
 def reachable_situations(seed: int, num_ticks: int = _NUM_TICKS, layout: Layout = "NC") -> Iterator[Situation]:
     """Walk a small model at random through every stage, and yield the situation before each decision.
 
-    The caller may act on the model, or leave it: then a random action is taken.
+    The caller may act on the model before the walk goes on.
     """
     chance = np.random.default_rng(seed)
     case = HostCase(layout)
     model = case.model(config=_CONFIGS[seed % len(_CONFIGS)], seed=seed)
-    walk = Random(some_sowings(layout))
+    sowings = some_sowings(layout)
     for tick in range(num_ticks):
         if chance.random() < 0.8:
             _measure(model, case, chance)
@@ -73,7 +74,7 @@ def reachable_situations(seed: int, num_ticks: int = _NUM_TICKS, layout: Layout 
         metric = float(chance.random())
         observation = Observation(tick=tick, total_ticks=num_ticks, metric=metric, slots=slots)
         yield Situation(model, observation, action_mask(slots), seed=int(chance.integers(2**31)))
-        execute(model, walk.act(observation, action_mask(view_slots(model)), chance))
+        execute(model, _next_action(action_mask(view_slots(model)), sowings, chance))
         model.tick()
 
 
@@ -93,6 +94,20 @@ def check_policy(make_policy: Callable[[Sequence[Sowing]], Policy], num_walks: i
     for walk in range(num_walks):
         for situation in reachable_situations(walk):
             _check_decision(make_policy, policy, sowings, situation)
+
+
+def _next_action(mask: ActionMask, sowings: Sequence[Sowing], chance: np.random.Generator) -> Action:
+    """Draw a possible action, such that seeds come far before they are pruned."""
+    weights = [_WEIGHTS[op] for op in mask.ops]
+    op = mask.ops[int(chance.choice(len(weights), p=np.divide(weights, sum(weights))))]
+    if op is Op.WAIT:
+        return Action()
+    slots = mask.slots_by_op[op]
+    slot = slots[int(chance.integers(len(slots)))]
+    sowing = sowings[int(chance.integers(len(sowings)))] if op is Op.GERMINATE else None
+    over = int(chance.integers(1, 4)) if op is Op.SET_ALPHA_TARGET else int(chance.integers(4)) if op is Op.PRUNE else 0
+    target = float(chance.uniform(0.3, 1.0)) if op is Op.SET_ALPHA_TARGET else 1.0
+    return Action(op=op, slot=slot, sowing=sowing, alpha_target=target, over=over)
 
 
 def _check_decision(
@@ -125,9 +140,9 @@ def _measure(model: GrowableModel, case: HostCase, chance: np.random.Generator) 
     model.zero_grad(set_to_none=True)
     model(case.example(seed=int(chance.integers(1000)))).square().mean().backward()
     model.sense()
-    mask = action_mask(view_slots(model))
-    for slot in mask.slots_by_op[Op.SET_ALPHA_TARGET]:
-        model.record_contribution(slot, float(chance.normal(0.0, 0.2)), 0.01)
+    for slot, stage in model.stages().items():
+        if stage in (Stage.BLENDING, Stage.HOLDING):
+            model.record_contribution(slot, float(chance.normal(0.1, 0.2)), 0.01)
 
 
 def _chance() -> tuple[object, ...]:
