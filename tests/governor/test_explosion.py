@@ -93,6 +93,7 @@ HEALTHY: dict[str, Callable[[np.random.Generator], np.ndarray]] = {
     "heavy tails": lambda chance: chance.lognormal(0.0, 0.6, 500),
     "two tasks in turn": lambda chance: np.where(np.arange(500) % 4 == 0, 20.0, 1.0) * chance.lognormal(0, 0.2, 500),
     "mostly exact zeros": lambda chance: np.where(chance.random(500) < 0.8, 0.0, chance.lognormal(-2, 0.5, 500)),
+    "exact zeros for long": lambda chance: np.where(np.arange(500) < 300, 0.0, chance.lognormal(-2, 0.5, 500)),
     "constant": lambda chance: np.full(500, 0.7),
     "constant below zero": lambda chance: np.full(500, -0.7),
     "all zero": lambda chance: np.zeros(500),

@@ -12,6 +12,7 @@ import pytest
 
 from morphogen.errors import CheckpointError
 from morphogen.governor import Governor, GovernorConfig
+from morphogen.state import checkpoint
 
 CONFIG = GovernorConfig(snapshot_every=10, probation_steps=20)
 
@@ -250,8 +251,6 @@ def test_a_save_that_was_cut_short_leaves_the_older_one(kit: Any, tmp_path: Path
 
     class Killed(BaseException):
         pass
-
-    from morphogen.state import checkpoint  # the module whose writes are counted
 
     real, seen = checkpoint.write_synced, []
     for allowed in range(30):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from morphogen.governor import Action, Governor, GovernorConfig
+from morphogen.governor.detectors import NonFinite
 from morphogen.growth import GrowableModel, Stage
 from morphogen.state import TrainingState
 from morphogen.testing import LENIENT, HostCase, lead_to
@@ -243,7 +244,5 @@ def test_a_governor_over_a_healthy_run_changes_no_result(kit: Any) -> None:
 
 
 def test_two_detectors_of_one_name_are_refused(kit: Any) -> None:
-    from morphogen.governor.detectors import NonFinite
-
     with pytest.raises(ValueError, match="`detectors` must have names that differ"):
         kit.Loop(detectors=[NonFinite()])

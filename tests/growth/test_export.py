@@ -60,7 +60,7 @@ class Chain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers.values():
-            x = torch.relu(layer(x))
+            x = nn.functional.leaky_relu(layer(x))  # no dead unit can shut a gate
         return x
 
 

@@ -271,3 +271,28 @@ def test_tick_tells_whose_stage_changed(kit: Any) -> None:
     assert run.model.tick() == {"early": Stage.EMBARGOED}
     assert run.model.tick() == {}
     assert run.model.clock == run.model.topology()["clock"]
+
+
+def test_every_knob_can_be_changed_by_assigning_a_config() -> None:
+    model = CASE.model()
+    model.germinate("early", "mlp")
+    lead_to(model, "early", Stage.HOLDING, CASE.example())
+    model.config = model.config.replace(
+        incubation_ratio=0.7, pruned_ticks=3, freeze_fossils=True, gates=GateConfig(min_holding_ticks=50)
+    )
+    assert {slot.incubation_ratio for slot in (model.slot("early"), model.slot("late"))} == {0.7}
+    assert not model.fossilize("early")
+    model.prune("early")
+    assert [model.tick() for _ in range(3)] == [{}, {}, {"early": Stage.EMBARGOED}]
+    assert copy.deepcopy(model).slot("late").incubation_ratio == 0.7
+
+
+def test_the_example_is_the_models_own() -> None:
+    """A view of a large data set must not keep it alive or be copied with the model, nor may writing to it matter."""
+    data = torch.randn(1000, 6, generator=torch.Generator().manual_seed(0))
+    case = HostCase("NC")
+    model = GrowableModel(case.build(), case.points, data[:2])
+    data.fill_(torch.nan)
+    model.germinate("early", "mlp")
+    sizes = [tensor.untyped_storage().nbytes() for tensor in (model._example, copy.deepcopy(model)._example)]
+    assert sizes == [2 * 6 * 4] * 2 and bool(model._example.isfinite().all())

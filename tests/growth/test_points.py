@@ -132,6 +132,15 @@ def test_the_order_of_actions_is_that_of_the_points() -> None:
     assert list(both.stages())[: len(one.stages())] == list(one.stages())
 
 
+def test_a_point_that_returns_integers_is_named() -> None:
+    class Tokens(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.argmax(-1, keepdim=True)
+
+    with pytest.raises(SlotError, match="slot 'a': submodule `0` must return floating-point numbers, returns torch.int64"):
+        GrowableModel(nn.Sequential(Tokens()), {"a": "0"}, torch.ones(2, 4))
+
+
 class Rank3(nn.Module):
     """A feature (N, 6, 6) made by one kind of layer."""
 

@@ -8,7 +8,7 @@ import pytest
 
 from morphogen.errors import MorphogenError
 from morphogen.recipes.config import GrowConfig
-from morphogen.recipes.run_directory import RunDirectory, read_config
+from morphogen.recipes.run_directory import RunDirectory, read_config, write_bytes
 
 
 def test_config_comes_back_whole(tmp_path: Path) -> None:
@@ -58,3 +58,12 @@ def test_a_bad_config_is_one_clear_error(tmp_path: Path, text: str, kind: type[E
 def test_a_missing_config_names_the_path(tmp_path: Path) -> None:
     with pytest.raises(MorphogenError, match=r"config\.yaml: cannot be read"):
         RunDirectory.open(tmp_path)
+
+
+def test_a_write_that_fails_keeps_the_old_and_leaves_no_half(tmp_path: Path) -> None:
+    write_bytes(tmp_path / "network", b"old")
+    assert (tmp_path / "network").read_bytes() == b"old"
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(MorphogenError, match="taken: cannot be written: Is a directory"):
+        write_bytes(tmp_path / "taken", b"new")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["network", "taken"]

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     handler = getattr(importlib.import_module("morphogen.cli.handlers"), _HANDLERS[type(command)])
     try:
         code = handler(command)
-    except MorphogenError as error:
+    except (MorphogenError, OSError) as error:
         code = _complain(error, FAILED)
     except ValueError as error:
         code = _complain(error, MISUSED)

@@ -61,7 +61,8 @@ class GovernorConfig(Config):
 
     Attributes:
         check_every: Read loss and gradient norm from the device every so many steps, in one transfer. Above 1 a fault is seen
-            after up to that many steps were taken, and then always rewound.
+            after up to that many steps were taken, and then always rewound. While anything is suspicious, and just after a
+            rewind, every step is checked.
         snapshot_every: Steps between snapshots, at least; a new one is taken when the one before has passed its probation.
         probation_steps: Clean steps after which a snapshot becomes last-known-good.
         generations: Good snapshots kept.

@@ -45,6 +45,9 @@ class Rollback(Event):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LevelShiftAccepted(Event):
-    """A known-good state shows the same level after a rewind: the data changed, not the run; statistics start anew."""
+    """The data changed, not the run: a known-good state shows the same level, or alarms came and went for a whole probation.
+
+    Statistics start anew.
+    """
 
     findings: tuple[Finding, ...]

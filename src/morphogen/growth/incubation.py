@@ -37,18 +37,21 @@ class _Silent(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, r: Tensor, h: Tensor, ratio: float) -> Tensor:
-        """Keep ``r`` and its limit for the way back."""
-        ctx.save_for_backward(r, _norm(h).mul_(ratio))
+        """Keep ``r`` and max(limit, |r| / 2) for the way back."""
+        ctx.save_for_backward(r, torch.maximum(_norm(h).mul_(ratio), _norm(r).mul_(0.5)).clamp_min_(1e-30))
         return torch.full((), -0.0, dtype=r.dtype, device=r.device).expand_as(r)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return g + |g| / max(limit, |r| / 2) * r."""
-        r, limit = ctx.saved_tensors
-        pull = _norm(grad).div_(torch.maximum(limit, _norm(r).mul_(0.5)).clamp_min_(1e-30))
-        return torch.addcmul(grad, r, pull.clamp_max_(torch.finfo(r.dtype).max).to(r.dtype)), None, None
+        r, size = ctx.saved_tensors
+        pull = _norm(grad).div_(size)
+        if pull.dtype is not r.dtype:
+            pull = pull.clamp_max_(torch.finfo(r.dtype).max).to(r.dtype)
+        return torch.addcmul(grad, r, pull), None, None
 
 
 def _norm(tensor: Tensor) -> Tensor:
     """Return the length of ``tensor``, summed in at least single precision."""
-    return torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
+    dtype = torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else None
+    return torch.linalg.vector_norm(tensor, dtype=dtype)

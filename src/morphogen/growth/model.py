@@ -10,6 +10,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.parameter import UninitializedParameter
+from torch.utils import _pytree as pytree
 
 from morphogen.errors import SlotError
 from morphogen.growth import blueprints, lifecycle, sensing
@@ -87,14 +88,14 @@ class GrowableModel(nn.Module):
     ) -> None:
         """Probe the points and attach a dormant slot to each."""
         super().__init__()
-        self.config = config or GrowthConfig()
         self.clock = 0
         self._streams = RandomStreams(seed)
-        self._example = example_input
+        self._example = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), example_input)
         self.followers = Followers(emit)
         sites = _sites(host, points, example_input)
         self.host = host
-        self.slots = nn.ModuleDict({name: SeedSlot(name, site, self.config.incubation_ratio) for name, site in sites.items()})
+        self.slots = nn.ModuleDict({name: SeedSlot(name, site) for name, site in sites.items()})
+        self.config = config or GrowthConfig()
         for slot in self._slots().values():
             host.get_submodule(slot.site.path).register_forward_hook(slot.on_output)
 
@@ -115,6 +116,17 @@ class GrowableModel(nn.Module):
             return self.host(*args, **kwargs)
         finally:
             alpha_overrides.reset(token)
+
+    @property
+    def config(self) -> GrowthConfig:
+        """Knobs; assign another config to change them from now on."""
+        return self._config
+
+    @config.setter
+    def config(self, config: GrowthConfig) -> None:
+        self._config = config
+        for slot in self._slots().values():
+            slot.incubation_ratio = config.incubation_ratio
 
     # -- what there is ----------------------------------------------------------------------------------------------
 
@@ -359,7 +371,13 @@ class GrowableModel(nn.Module):
     def _example_like_host(self) -> Example:
         """The example on the host's present device, floating parts in its present dtype."""
         like = next(self.host.parameters(), None)
-        return self._example if like is None else cast("Example", _converted(self._example, like))
+        if like is None:
+            return self._example
+
+        def converted(tensor: Tensor) -> Tensor:
+            return tensor.to(device=like.device, dtype=like.dtype if tensor.is_floating_point() else tensor.dtype)
+
+        return pytree.tree_map_only(Tensor, converted, self._example)
 
     def _change(self, changes: Mapping[str, tuple[SlotState, Seed | None]], clock: int | None = None) -> None:
         """Put new states, seeds and clock in place; if a follower refuses, put the old ones back and raise its error."""
@@ -452,14 +470,3 @@ def _same_seed(ours: SlotState, theirs: SlotState) -> bool:
 def _new_transitions(before: SlotState, after: SlotState) -> list[Transition]:
     known = {id(transition) for transition in before.history}
     return [transition for transition in after.history if id(transition) not in known]
-
-
-def _converted(value: Any, like: Tensor) -> Any:
-    """Return an example on the device of ``like``, floating tensors in its dtype."""
-    if isinstance(value, Tensor):
-        return value.to(device=like.device, dtype=like.dtype if value.is_floating_point() else value.dtype)
-    if isinstance(value, tuple):
-        return tuple(_converted(item, like) for item in cast("tuple[Any, ...]", value))
-    if isinstance(value, Mapping):
-        return {key: _converted(item, like) for key, item in cast("Mapping[str, Any]", value).items()}
-    return value

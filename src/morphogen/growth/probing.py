@@ -36,7 +36,7 @@ def probe(host: nn.Module, paths: Mapping[str, str], example: Example) -> dict[s
         example: Input of one forward pass.
 
     Raises:
-        SlotError: A submodule is called not once, or its output is not a tensor.
+        SlotError: A submodule is called not once, or its output is not a floating-point tensor.
     """
     outputs: dict[str, list[object]] = {slot: [] for slot in paths}
 
@@ -65,6 +65,11 @@ def _single_tensor(slot: str, path: str, found: list[object]) -> Tensor:
         raise SlotError(
             f"slot {slot!r}: submodule `{path}` must return a tensor, returns {type(found[0]).__name__}. "
             "Choose a submodule inside it."
+        )
+    if not found[0].is_floating_point():
+        raise SlotError(
+            f"slot {slot!r}: submodule `{path}` must return floating-point numbers, returns {found[0].dtype}. "
+            "Choose a growth point behind an embedding or a cast."
         )
     return found[0].detach()
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from morphogen.growth.config import GrowthConfig
 from morphogen.growth.gates import SlotSensors
 from morphogen.growth.incubation import straight_through
 from morphogen.growth.layouts import Layout
@@ -41,7 +42,7 @@ class SeedSlot(nn.Module):
 
     alpha: Tensor
 
-    def __init__(self, name: str, site: Site, incubation_ratio: float) -> None:
+    def __init__(self, name: str, site: Site) -> None:
         """Start dormant."""
         super().__init__()
         self.name = name
@@ -49,7 +50,7 @@ class SeedSlot(nn.Module):
         self.state = SlotState()
         self.sensors = SlotSensors()
         self.seed: Seed | None = None
-        self._incubation_ratio = incubation_ratio
+        self.incubation_ratio = GrowthConfig().incubation_ratio
         self.mix: Mix = "off"
         self.register_buffer("alpha", torch.zeros(()), persistent=False)
 
@@ -80,7 +81,7 @@ class SeedSlot(nn.Module):
             if not (self.training and torch.is_grad_enabled()):
                 return None
             feature = output.detach()
-            return straight_through(output, self.seed(feature), self._incubation_ratio)
+            return straight_through(output, self.seed(feature), self.incubation_ratio)
         if self.mix == "full":
             return output + self.seed(output)
         return self._mixed(output, self.alpha)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 from pathlib import Path
 
 import safetensors.torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from morphogen.errors import MorphogenError
 from morphogen.growth import GrowableModel
+from morphogen.recipes.run_directory import write_bytes
 
 
 def write_network(model: GrowableModel, example: Tensor, stem: Path) -> float:
@@ -27,14 +28,12 @@ def write_network(model: GrowableModel, example: Tensor, stem: Path) -> float:
         Largest absolute difference between the outputs of the model and of the program read back, on ``example``.
 
     Raises:
-        MorphogenError: torch could not export the network.
+        MorphogenError: torch could not export the network, or the disk refused.
     """
     plain = model.export()
     program_path, weights_path = stem.with_suffix(".pt2"), stem.with_suffix(".safetensors")
     _write_program(plain, example, program_path)
-    temporary = weights_path.with_name(f".{weights_path.name}")
-    safetensors.torch.save_file({name: value.contiguous() for name, value in plain.state_dict().items()}, temporary)
-    os.replace(temporary, weights_path)
+    write_bytes(weights_path, safetensors.torch.save({name: value.contiguous() for name, value in plain.state_dict().items()}))
     return _difference(model, program_path, example)
 
 
@@ -45,9 +44,9 @@ def _write_program(plain: nn.Module, example: Tensor, path: Path) -> None:
     except (RuntimeError, ValueError, torch._dynamo.exc.TorchDynamoException) as error:  # pyright: ignore
         first = str(error).strip().split("\n")[0]
         raise MorphogenError(f"{path}: torch.export refused the network: {first}") from error
-    temporary = path.with_name(f".tmp-{path.name}")
-    torch.export.save(program, temporary)
-    os.replace(temporary, path)
+    content = io.BytesIO()  # in memory first: torch's own file writer ends the process on a full disk
+    torch.export.save(program, content)
+    write_bytes(path, content.getvalue())
 
 
 def _difference(model: GrowableModel, path: Path, example: Tensor) -> float:

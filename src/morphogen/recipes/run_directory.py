@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -113,10 +114,24 @@ def read_config(path: Path) -> GrowConfig:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the file at ``path``; it holds the old or the new text at any moment."""
+    """Replace the file at ``path``; see :func:`write_bytes`."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace the file at ``path``; it holds the old or the new content at any moment.
+
+    Raises:
+        MorphogenError: The disk refused; the old content is still there, and no half of the new.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise MorphogenError(f"{path}: cannot be written: {error.strerror}. What was there before is whole.") from error
 
 
 def _next_free(parent: Path, stem: str) -> Path:

@@ -6,6 +6,12 @@ from morphogen.testing.blueprints import (
     blueprint_cases as blueprint_cases,
     check_blueprint as check_blueprint,
 )
+from morphogen.testing.detectors import (
+    DETECTOR_CHECKS as DETECTOR_CHECKS,
+    DetectorCase as DetectorCase,
+    check_detector as check_detector,
+    healthy_traces as healthy_traces,
+)
 from morphogen.testing.hosts import (
     LENIENT as LENIENT,
     HostCase as HostCase,
@@ -13,4 +19,9 @@ from morphogen.testing.hosts import (
     host_cases as host_cases,
     lead_to as lead_to,
     same_bits as same_bits,
+)
+from morphogen.testing.policies import (
+    check_policy as check_policy,
+    reachable_situations as reachable_situations,
+    some_sowings as some_sowings,
 )

@@ -11,7 +11,8 @@ class Detector(Protocol):
     """Looks at one observation in the light of what it remembers.
 
     ``inspect`` must not learn: ``accept`` is called afterwards with every observation in which no detector found anything,
-    so statistics never learn from alarms. ``forget`` is called when a lasting change of level was accepted.
+    so statistics never learn from alarms. ``forget`` is called when a lasting change of level was accepted. The state is taken
+    with every snapshot and given back by a rewind to it. See :func:`morphogen.testing.detectors.check_detector`.
     """
 
     name: str
@@ -29,7 +30,7 @@ class Detector(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What was learned, as plain data."""
+        """What was learned, as plain data that JSON can hold; a copy, which later learning does not change."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
