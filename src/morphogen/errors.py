@@ -34,7 +34,3 @@ class SlotError(MorphogenError, ValueError):
 
 class TrainingCollapsed(MorphogenError):
     """The governor's last resort failed: the fault came back after every rewind it may make."""
-
-
-class DataUnavailable(MorphogenError):
-    """A data set is not on this machine; the message says where it was looked for and how to get it."""

@@ -106,7 +106,7 @@ class ArmRun:
         self._faults = [Fault.parse(text) for text in config.inject] if arm == "grown" else []
         self._flops = FlopMeter()
         self.progress = ArmProgress()
-        self._last_loss = float("nan")
+        self._last_loss = torch.tensor(torch.nan)
         self._order: tuple[tuple[int, int], Tensor] | None = None
 
     @property
@@ -193,7 +193,7 @@ class ArmRun:
         if verdict.proceed:
             self.built.optimizer.step()
             self._scheduler.step()
-            self._last_loss = float(loss)
+            self._last_loss = loss  # read once a tick: reading it here would wait for the device in every step
         return verdict.rollback is None
 
     def _backward(self, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -264,7 +264,7 @@ class ArmRun:
     def _report(self, metric: float) -> None:
         event = TickMeasured(
             tick=self.tick,
-            train_loss=self._last_loss,
+            train_loss=float(self._last_loss),
             metric=metric,
             parameters=self.model.num_parameters(),
             stages=self.model.stages(),

@@ -59,10 +59,6 @@ class Ring:
         promoted = tuple(dataclasses.replace(generation, good=True) for generation in self.generations)
         return dataclasses.replace(self, generations=promoted[-self.capacity :])
 
-    def without_candidate(self) -> Ring:
-        """Return the ring without the generation on probation."""
-        return dataclasses.replace(self, generations=self.good)
-
     def before(self, generation: Generation) -> Ring:
         """Return the ring of the generations older than ``generation``."""
         return dataclasses.replace(self, generations=self.generations[: self.generations.index(generation)])

@@ -6,23 +6,11 @@ import dataclasses
 import difflib
 import inspect
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
 from morphogen.growth.layouts import LAYOUTS, Layout
-
-
-class BlueprintModule(Protocol):
-    """What a blueprint's class offers: built from width, layout and options, it computes s(h), zero at birth."""
-
-    def __call__(self, width: int, layout: Layout, **options: Any) -> nn.Module:
-        """Build the module."""
-        ...
-
-    def parameter_count(self, width: int, layout: Layout, **options: Any) -> int:
-        """Return the number of parameters the module will have, without building it."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
