@@ -1,4 +1,4 @@
-"""A plain training loop that survives a NaN batch: three lines more than without a governor.
+"""A plain training loop that survives a NaN batch and damaged weights: three lines more than without a governor.
 
 Run: python examples/governed_loop.py
 """
@@ -9,7 +9,7 @@ from torch import nn
 
 from morphogen import Governor, TrainingState
 
-STEPS, BAD_STEP = 400, 200
+STEPS, BAD_BATCH, BAD_LOAD = 600, 200, 400
 
 pixels, classes = load_digits(return_X_y=True)
 inputs, targets = torch.tensor(pixels / 16, dtype=torch.float32), torch.tensor(classes)
@@ -23,12 +23,15 @@ generator = torch.Generator().manual_seed(0)
 for step in range(STEPS):
     batch = torch.randint(0, 1300, (64,), generator=generator)
     x = inputs[batch]
-    if step == BAD_STEP:
+    if step == BAD_BATCH:
         x = x * torch.nan  # the batch poisons loss, gradients and BatchNorm's running statistics
-    loss = nn.functional.cross_entropy(model(x), targets[batch])
+    if step == BAD_LOAD:
+        model[-1].weight.data.mul_(-100)  # someone damages the weights themselves
+    logits = model(x)
+    loss = nn.functional.cross_entropy(logits, targets[batch])
     optimizer.zero_grad()
     loss.backward()
-    verdict = governor.observe(loss)  # 2
+    verdict = governor.observe(loss, logits=logits)  # 2
     if verdict.proceed:  # 3
         optimizer.step()
     else:
@@ -36,4 +39,5 @@ for step in range(STEPS):
 
 model.eval()
 accuracy = (model(inputs[test]).argmax(1) == targets[test]).float().mean()
-print(f"test accuracy {accuracy:.1%} after {governor.rollbacks} rewind(s)")
+print(f"test accuracy {accuracy:.1%}")
+print(governor.report())

@@ -10,13 +10,14 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PROMISES = {
-    "governed_loop.py": ("rewind: loss is nan", "after 1 rewind(s)"),
+    "governed_loop.py": ("step 200: skip: loss is nan", "step 400: rewind: ", "600 observations, 1 step skipped, 1 rewind"),
     "grow_by_hand.py": ("fossilised, contributing", "same outputs: True"),
 }
 
 
 def test_every_example_has_a_promise() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == set(PROMISES)
+    """Those of other frameworks are promised in tests/integrations."""
+    assert {path.name for path in EXAMPLES.glob("*.py") if not path.stem.endswith("_governor")} == set(PROMISES)
 
 
 @pytest.mark.parametrize("name", PROMISES)

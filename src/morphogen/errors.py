@@ -33,4 +33,17 @@ class SlotError(MorphogenError, ValueError):
 
 
 class TrainingCollapsed(MorphogenError):
-    """The governor's last resort failed: the fault came back after every rewind it may make."""
+    """The governor's last resort failed: the fault came back after every rewind it may make.
+
+    The run is left at the oldest snapshot that proved good.
+
+    Attributes:
+        findings: The evidence of the last fault.
+        report: The governor's report, as by ``Governor.report()``.
+    """
+
+    def __init__(self, message: str, findings: tuple[object, ...] = (), report: object = None) -> None:
+        """Keep the evidence beside the message."""
+        self.findings = findings
+        self.report = report
+        super().__init__(message)

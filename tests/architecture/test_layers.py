@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LINT_IMPORTS = Path(sysconfig.get_path("scripts")) / "lint-imports"
-FLOORS = ("cli", "control", "governor", "growth", "recipes", "state", "tasks", "testing")
+FLOORS = ("cli", "control", "governor", "growth", "integrations", "recipes", "state", "tasks", "testing")
 
 
 def lint_imports(source: Path, *contracts: str) -> subprocess.CompletedProcess[str]:
@@ -30,7 +30,7 @@ def lint_imports(source: Path, *contracts: str) -> subprocess.CompletedProcess[s
 def write_package(source: Path, **modules: str) -> Path:
     """Write a package that has this one's floors, and the code of ``modules`` (path with __ for /, without .py)."""
     package = source / "morphogen"
-    empty = ["errors", "config", "version", "telemetry/events", *(f"{floor}/__init__" for floor in FLOORS)]
+    empty = ["errors", "config", "version", "telemetry/events", "telemetry/markup", *(f"{floor}/__init__" for floor in FLOORS)]
     files = dict.fromkeys(empty, "") | {name.replace("__", "/"): code for name, code in modules.items()}
     for name, code in files.items():
         file = package / f"{name}.py"
@@ -62,6 +62,7 @@ ALLOWED = {
     "telemetry__wandb": "import wandb\nfrom morphogen.telemetry import events",
     "recipes__grow": "from morphogen.telemetry import jsonl",
     "growth__events": "from morphogen.telemetry import events",
+    "governor__report": "from morphogen.telemetry import markup",
     "telemetry__jsonl": "from morphogen.telemetry import events",
     "testing__blueprint": "from morphogen import cli, growth\nfrom morphogen.telemetry import jsonl",
     "envs__growth_env": "from morphogen import control, growth, rl",
@@ -92,6 +93,7 @@ def test_what_the_design_allows_is_allowed(tmp_path: Path) -> None:
         ("rl-growth", "growth__model", "import morphogen.rl"),
         ("pbt-growth", "pbt__member", "import morphogen.growth.model"),
         ("stdlib", "telemetry__events", "import torch"),
+        ("stdlib", "telemetry__markup", "import numpy"),
         ("extras", "control__heuristic", "import ray"),
         ("extras", "telemetry__wandb", "import mlflow"),
     ],

@@ -114,6 +114,11 @@ class Loop:
         """Weights, buffers, moments and learning rates, copied without the help of the code under test."""
         return contents(self.model, self.optimizer)
 
+    def poison(self) -> None:
+        """Make one weight NaN: the run itself is damaged."""
+        with torch.no_grad():
+            next(iter(self.model.parameters())).view(-1)[0] = math.nan
+
     def damage(self, size: float = 3.0) -> None:
         """Put noise of ``size`` times their own size on the weights."""
         noise = torch.Generator().manual_seed(5)

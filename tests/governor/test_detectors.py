@@ -10,11 +10,25 @@ from typing import Any
 import pytest
 
 from morphogen.governor import Action, Detector, ExplosionConfig, Finding, GovernorConfig, Observation
-from morphogen.governor.detectors import Explosion, NonFinite, standard_detectors
+from morphogen.governor.detectors import (
+    Collapse,
+    DeadGradient,
+    Explosion,
+    NonFinite,
+    Probe,
+    RunningStatistics,
+    UpdateSize,
+    standard_detectors,
+)
 from morphogen.testing.detectors import DETECTOR_CHECKS, DetectorCase, check_detector, healthy_traces
 
 BUILT_IN: dict[str, Callable[[], Detector]] = {
     "explosion": lambda: Explosion(ExplosionConfig()),
+    "update": lambda: UpdateSize(GovernorConfig().update),
+    "running_statistics": lambda: RunningStatistics(GovernorConfig().running_statistics),
+    "collapse": lambda: Collapse(GovernorConfig().collapse),
+    "dead_gradient": lambda: DeadGradient(GovernorConfig().dead_gradient),
+    "probe": lambda: Probe(GovernorConfig().probe),
     "explosion, short memory": lambda: Explosion(ExplosionConfig(window_steps=48, loss_spike=20.0, sustained=4.0)),
     "non_finite": NonFinite,
 }
@@ -201,9 +215,9 @@ def test_no_detector_learns_from_what_another_found(kit: Any) -> None:
     loop.step(loss=kit.nan)
     loop.steps(10)
     assert detector.accepted == [*range(10), *range(11, 21)]
-    losses = loop.governor._memory().detectors["explosion"]["loss"]["values"]
+    losses = loop.governor._keeper.memory(0).detectors["explosion"]["loss"]["values"]
     assert len(losses) == 20 and all(map(math.isfinite, losses))
-    json.dumps(loop.governor._memory().detectors, allow_nan=False)
+    json.dumps(loop.governor._keeper.memory(0).detectors, allow_nan=False)
 
 
 def test_own_detectors_forget_with_the_others_when_a_level_is_accepted(kit: Any) -> None:

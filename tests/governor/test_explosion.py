@@ -11,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 
 from morphogen.governor import ExplosionConfig, Finding, Observation
 from morphogen.governor.detectors import Explosion
-from morphogen.governor.detectors.explosion import Level, level_of
+from morphogen.governor.detectors.levels import Level, level_of
 
 QUIET_STEPS = 150
 
@@ -59,7 +59,7 @@ def test_alternating_spikes_are_found_each_time(scale: float) -> None:
 def test_losses_at_and_below_zero_have_limits_too(level: float, noise: float) -> None:
     losses = list(level + noise * np.random.default_rng(1).standard_normal(400))
     assert first_finding(losses) is None
-    raised = abs(level) * 4 + 40 * noise
+    raised = abs(level) * 4 + 60 * noise
     assert first_finding([*losses, level + raised]) is not None
 
 
@@ -140,7 +140,7 @@ def test_evidence_is_of_the_quantity_that_is_named() -> None:
     loss = detector.inspect(Observation(step=60, loss=9.0, grad_norm=1.0))
     norm = detector.inspect(Observation(step=60, loss=1.0, grad_norm=50.0))
     assert loss is not None and norm is not None
-    assert (loss.value, loss.threshold, loss.window_steps) == (9.0, 1.0 + 10.0 * 0.25, 60)
+    assert (loss.value, loss.threshold, loss.window_steps) == (9.0, 1.0 + 15.0 * 0.25, 60)
     assert norm.value == 50.0 and norm.window_steps == 30
     assert norm.threshold == pytest.approx(math.exp(3.0 * 0.6))
     assert (loss.detector, loss.non_finite, loss.lasted_steps) == ("explosion", False, 1)

@@ -20,7 +20,7 @@ CONFIG = GovernorConfig(snapshot_every=10, probation_steps=20)
 def eventful(loop: Any, steps: int) -> None:
     """Train through faults that come at set observations, a rewind among them."""
     for _ in range(steps):
-        number = loop.governor._watch.observed
+        number = loop.governor._watch.observed + len(loop.governor._pending)
         if number in (100, 103, 170):
             loop.step(loss=lambda loss: loss * float("nan"))
         else:
@@ -78,7 +78,7 @@ def test_snapshots_are_restored_to_the_bit_after_a_reload(kit: Any, tmp_path: Pa
     first = kit.Loop(CONFIG)
     eventful(first, 90)
     second = reloaded(kit, first, tmp_path)
-    pairs = list(zip(first.governor._ring.generations, second.governor._ring.generations, strict=True))
+    pairs = list(zip(first.governor._keeper.ring.generations, second.governor._keeper.ring.generations, strict=True))
     assert len(pairs) == 3
     for ours, theirs in pairs:
         assert (ours.step, ours.observed, ours.good) == (theirs.step, theirs.observed, theirs.good)
@@ -91,7 +91,7 @@ def test_generations_that_are_gone_are_removed_from_the_directory(kit: Any, tmp_
     for steps in (5, 60, 60):
         loop.steps(steps)
         loop.governor.save(tmp_path)
-        kept = {f"generation-{generation.observed}" for generation in loop.governor._ring.generations}
+        kept = {f"generation-{generation.observed}" for generation in loop.governor._keeper.ring.generations}
         assert {path.name for path in tmp_path.iterdir()} == kept | {"governor.json"}
 
 
@@ -218,10 +218,10 @@ def test_a_detector_that_refuses_its_state_leaves_the_others_as_they_were(kit: A
     source.governor.save(tmp_path)
     loop = kit.Loop(CONFIG, detectors=[Renamed()])
     loop.steps(80)
-    before = json.dumps(loop.governor._memory().detectors)
+    before = json.dumps(loop.governor._keeper.memory(0).detectors)
     with pytest.raises(CheckpointError, match="state of a detector does not fit: KeyError: 'renamed'"):
         loop.governor.load(tmp_path)
-    assert json.dumps(loop.governor._memory().detectors) == before
+    assert json.dumps(loop.governor._keeper.memory(0).detectors) == before
     assert loop.governor._watch.observed == 80
 
 

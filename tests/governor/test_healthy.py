@@ -219,4 +219,4 @@ def test_alarms_are_as_rare_as_documented(governors: dict[str, Governor]) -> Non
 def test_every_healthy_run_ends_healthy_and_with_two_good_generations(governors: dict[str, Governor]) -> None:
     for name, governor in governors.items():
         assert governor.status == "healthy", name
-        assert len(governor._ring.good) == 2 and governor._ring.good[0].step > 100, name
+        assert len(governor._keeper.ring.good) == 2 and governor._keeper.ring.good[0].step > 100, name

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from morphogen.errors import TrainingCollapsed
-from morphogen.governor import Action, Finding, Governor, GovernorConfig, LevelShiftAccepted, Rollback, StepSkipped
+from morphogen.governor import Finding, Governor, GovernorConfig, LevelShiftAccepted, Rollback, StepSkipped
 from morphogen.state import TrainingState
 
 SOON = GovernorConfig(snapshot_every=10, probation_steps=20)
@@ -80,13 +80,13 @@ def test_one_event_for_each_rewind_and_complete(kit: Any) -> None:
     verdict = loop.steps_until("rewind", 6)
     (rollback,) = loop.rollbacks
     assert verdict.rollback is rollback and verdict.findings == rollback.findings
-    assert [type(event) for event in loop.events] == [StepSkipped, StepSkipped, Rollback]
+    assert [type(event) for event in loop.events] == [Rollback], "an update out of all proportion is no fault of the batch"
     fields = {field.name: getattr(rollback, field.name) for field in dataclasses.fields(rollback)}
     assert fields == {
-        "step": 117,
+        "step": 115,
         "reason": rollback.findings[0].message,
         "findings": verdict.findings,
-        "from_step": 117,
+        "from_step": 115,
         "to_step": 89,
         "parts": ("extras", "generators", "model", "optimizer", "scheduler"),
         "optimizer_strategy": "restore",
@@ -104,8 +104,8 @@ def test_the_callers_own_step_numbers_are_used_throughout(kit: Any) -> None:
     loop.damage()
     verdicts = [loop.step(step=5000 + number) for number in range(3)]
     assert [verdict.step for verdict in verdicts] == [5000, 5001, 5002]
-    assert verdicts[-1].rollback is not None and 1000 < verdicts[-1].rollback.to_step < 1080
-    assert verdicts[-1].rollback.from_step == 5002
+    assert verdicts[0].rollback is not None and 1000 < verdicts[0].rollback.to_step < 1080
+    assert verdicts[0].rollback.from_step == 5000
 
 
 def test_repeats_go_further_back_with_a_lower_rate_and_end_in_a_collapse(kit: Any) -> None:
@@ -127,9 +127,8 @@ def test_repeats_go_further_back_with_a_lower_rate_and_end_in_a_collapse(kit: An
     assert loop.governor.rollbacks == 3
 
 
-@pytest.mark.parametrize("strategy", ["reset", "zero_momentum"])
-def test_penalties_of_the_rate_do_not_pile_up_where_rates_are_not_put_back(kit: Any, strategy: Any) -> None:
-    loop = run_to_two_generations(kit, SOON.replace(optimizer=strategy))
+def test_penalties_of_the_rate_do_not_pile_up_where_rates_are_not_put_back(kit: Any) -> None:
+    loop = run_to_two_generations(kit, SOON.replace(optimizer="reset"))
     before = loop.optimizer.param_groups[0]["lr"]
     for _ in range(3):
         loop.damage()
@@ -171,7 +170,7 @@ def test_a_fault_that_comes_back_after_a_level_shift_was_accepted_is_not_forgive
     with pytest.raises(TrainingCollapsed):
         for _ in range(60):
             loop.steps(100)
-            loop.steps_until("rewind", 6, loss=kit.nan)
+            loop.steps_until("rewind", 40, loss=kit.nan)
     assert len(loop.rollbacks) == config.max_rewinds
     assert not any(isinstance(event, LevelShiftAccepted) for event in loop.events)
 
@@ -248,48 +247,46 @@ def test_reset_forgets_moments_and_says_what_was_not_put_back(kit: Any) -> None:
 def test_zero_momentum_clears_first_moments_alone(kit: Any, optimizer: str) -> None:
     loop = run_to_two_generations(kit, SOON.replace(optimizer="zero_momentum"), optimizer=optimizer)
     loop.damage()
-    second = {name: value for name, value in loop.contents().items() if "sq" in name or "sum" in name or "step" in name}
     rollback = loop.steps_until("rewind", 6).rollback
     assert rollback.optimizer_strategy == "zero_momentum"
     after = loop.contents()
     assert all(not moment.any() for key in ("exp_avg", "momentum_buffer") for moment in moments(loop, key))
     assert all(bool(moment.any()) for key in ("exp_avg_sq", "square_avg", "sum") for moment in moments(loop, key))
-    assert kit.differences({name: after[name] for name in second}, second) == [], "no step was taken in between"
-    assert {name for name in after if not name.startswith("0 ")} <= set(loop.at[89])
+    first = {name for name in after if name.endswith(("exp_avg", "momentum_buffer"))}
+    assert set(kit.differences(after, loop.at[89])) <= first, "all else is as in the snapshot"
 
 
-def test_zero_momentum_falls_back_to_restore_where_a_second_moment_is_poisoned(kit: Any) -> None:
-    """Refused half-way it would leave weights of one time and moments of another; the event says what was done instead."""
+def test_zero_momentum_is_safe_where_a_live_second_moment_is_poisoned(kit: Any) -> None:
+    """Second moments come from the snapshot, so what went wrong with the live ones does not matter."""
     loop = run_to_two_generations(kit, SOON.replace(optimizer="zero_momentum"))
     loop.damage()
     moments(loop, "exp_avg_sq")[-1][0] = math.inf
-    rollback = loop.steps_until("rewind", 6).rollback
-    assert rollback.optimizer_strategy == "restore" and "optimizer" in rollback.parts
-    assert kit.differences(loop.contents(), loop.at[89]) == []
+    assert loop.steps_until("rewind", 6).rollback.optimizer_strategy == "zero_momentum"
+    assert kit.is_finite(loop.contents())
+    loop.state.verify()
 
 
-def test_zero_momentum_of_several_optimizers_is_all_or_none(kit: Any) -> None:
-    models = {name: kit.small_model(seed) for seed, name in enumerate(("actor", "critic"))}
-    optimizers = {name: torch.optim.Adam(model.parameters(), lr=1e-3) for name, model in models.items()}
-    state = TrainingState(models, optimizers)
-    events: list[Any] = []
-    governor = Governor(state, SOON.replace(optimizer="zero_momentum", patience=1), emit=events.append)
-    batch = torch.randn(8, 10, generator=torch.Generator().manual_seed(0))
-    for _ in range(60):
-        loss = sum(model(batch).square().mean() for model in models.values())
-        for optimizer in optimizers.values():
-            optimizer.zero_grad()
-        loss.backward()
-        assert governor.observe(loss.detach()).proceed
-        for optimizer in optimizers.values():
-            optimizer.step()
-    next(iter(optimizers["critic"].state.values()))["exp_avg_sq"][0] = math.nan
-    verdict = governor.observe(math.nan)
-    assert verdict.action is Action.REWIND and verdict.rollback.optimizer_strategy == "restore"
-    for name, model in models.items():
-        assert kit.is_finite(kit.contents(model, optimizers[name]))
-        assert any(bool(values["exp_avg"].any()) for values in optimizers[name].state.values())
-    state.verify()
+def test_each_group_can_have_its_own_strategy(kit: Any) -> None:
+    model = kit.small_model()
+    loop = kit.Loop(model=model)
+    optimizer = torch.optim.Adam([{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 1e-4}], lr=3e-3)
+    state = TrainingState(model, optimizer)
+    governor = Governor(state, SOON.replace(optimizer={"group0": "zero_momentum", "group1": "reset"}))
+    for _ in range(80):
+        batch, targets = loop.batch()
+        optimizer.zero_grad()
+        value = functional.cross_entropy(model(batch), targets)
+        value.backward()
+        assert governor.observe(value).proceed
+        optimizer.step()
+    loop.poison()
+    rollback = governor.observe(model(batch).sum()).rollback
+    assert rollback is not None and rollback.optimizer_strategy == "group0: zero_momentum, group1: reset"
+    assert all(not optimizer.state[parameter] for parameter in model[2].parameters())
+    for parameter in model[0].parameters():
+        assert not optimizer.state[parameter]["exp_avg"].any() and optimizer.state[parameter]["exp_avg_sq"].any()
+    with pytest.raises(ValueError, match="`owner` must be one of group0, group1, got 'head'"):
+        Governor(state, SOON.replace(optimizer={"head": "reset"}))
 
 
 def test_the_first_update_after_each_strategy_is_bounded(kit: Any) -> None:

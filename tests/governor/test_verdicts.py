@@ -85,14 +85,16 @@ def test_a_level_has_shifted_if_a_good_state_shows_it_from_its_first_step(
     since: int | None, alarms: int, lasted: int, shift: bool
 ) -> None:
     state = WatchState(observed=100, alarms=tuple(range(100 - alarms, 100)), since_rewind=since, rewinds=1)
-    assert is_level_shift(state, CONFIG, lasted) is shift
+    known = CONFIG.explosion.min_steps + (since or 0) - alarms
+    assert is_level_shift(state, CONFIG, lasted, known) is shift
+    assert not is_level_shift(state, CONFIG, lasted, known - 1), "what little was known may have been damaged"
 
 
 def test_alarms_that_come_and_go_for_a_whole_probation_are_what_the_data_is_like() -> None:
     config = CONFIG.replace(probation_steps=20)
-    assert not is_level_shift(watch("!." * 10), config, 1)
-    assert is_level_shift(watch("!." * 10 + "!"), config, 1)
-    assert not is_level_shift(watch("!." * 10 + "......!"), config, 1)
+    assert not is_level_shift(watch("!." * 10), config, 1, 0)
+    assert is_level_shift(watch("!." * 10 + "!"), config, 1, 0)
+    assert not is_level_shift(watch("!." * 10 + "......!"), config, 1, 0)
 
 
 def test_a_rewind_takes_the_position_back_and_remembers_where_the_fault_was() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler, swa_utils
 
 from morphogen.errors import StateMismatch
@@ -123,6 +123,41 @@ def test_a_ratio_is_positive_and_finite(kit: Any, ratio: float) -> None:
         with pytest.raises(ValueError, match="`ratio` must be positive and finite, got"):
             rescale_moments(optimizer, given)
         assert kit.same(state_of(optimizer), before)
+
+
+@pytest.mark.parametrize(
+    ("make", "first", "second"),
+    [
+        (adam, 2, 2),
+        (lambda p: torch.optim.Adam(p, amsgrad=True), 2, 4),
+        (momentum, 2, 0),
+        (lambda p: torch.optim.RMSprop(p, momentum=0.9), 2, 2),
+        (lambda p: torch.optim.Adagrad(p), 0, 2),
+        (lambda p: torch.optim.Adafactor(p), 0, 3),
+        (lambda p: torch.optim.SGD(p, 0.1), 0, 0),
+    ],
+)
+def test_moments_are_scaled_in_place_and_counted(kit: Any, make: Any, first: int, second: int) -> None:
+    optimizer = stepped(make)
+    before = state_of(optimizer)
+    assert surgery.scale_moments(optimizer, first=-3.0) == first
+    assert surgery.scale_moments(optimizer, second=0.5) == second
+    scaled = 0
+    for now, old in zip(state_of(optimizer), before, strict=True):
+        for key, value in old.items():
+            factor = -3.0 if key in ("exp_avg", "momentum_buffer") else 1.0 if key == "step" else 0.5
+            assert kit.same(now[key], value * factor if isinstance(value, Tensor) else value)
+            scaled += factor != 1.0 and isinstance(value, Tensor)
+    assert scaled == first + second
+
+
+@pytest.mark.parametrize("factors", [{"first": float("nan")}, {"second": -1.0}, {"second": float("inf")}])
+def test_moments_are_scaled_by_finite_factors(kit: Any, factors: dict[str, float]) -> None:
+    optimizer = stepped(adam)
+    before = state_of(optimizer)
+    with pytest.raises(ValueError, match="`first` must be finite and `second` finite and >= 0"):
+        surgery.scale_moments(optimizer, **factors)
+    assert kit.same(state_of(optimizer), before)
 
 
 def test_moments_are_copied_by_name_and_never_shared(kit: Any) -> None:

@@ -152,4 +152,5 @@ def test_a_parameter_that_grew_under_its_moments_is_misshapen(kit: Any) -> None:
     assert problems(run) == (
         "misshapen: moment `exp_avg` of `body.weight` is (6, 6), the parameter (9, 6)",
         "misshapen: moment `exp_avg_sq` of `body.weight` is (6, 6), the parameter (9, 6)",
+        "misshapen: the gradient of `body.weight` is (6, 6), the parameter (9, 6)",
     )

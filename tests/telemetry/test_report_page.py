@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from morphogen.telemetry.report_page import large_text, time_text, verdict_of, yaml
+from morphogen.telemetry.markup import yaml
+from morphogen.telemetry.report_page import large_text, time_text, verdict_of
 
 
 def test_an_interval_that_touches_zero_is_not_significant() -> None:

@@ -51,3 +51,42 @@ class LevelShiftAccepted(Event):
     """
 
     findings: tuple[Finding, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PartQuarantined(Event):
+    """A part of the model that did not act yet was at fault and was taken out; the rest of the run was not touched.
+
+    Attributes:
+        owner: The part, such as a slot.
+        findings: The evidence.
+        penalty: As configured, for whoever trains a policy.
+    """
+
+    owner: str
+    findings: tuple[Finding, ...]
+    penalty: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Collapsed(Event):
+    """The last rewind did not help. The run was put back to the oldest good snapshot, and ``TrainingCollapsed`` is raised.
+
+    Attributes:
+        reason: The first finding's message.
+        findings: The evidence.
+        to_step: Step at which the snapshot was taken that the run is left at.
+        rewinds: Rewinds that were made for this fault.
+    """
+
+    reason: str
+    findings: tuple[Finding, ...]
+    to_step: int
+    rewinds: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Warned(Event):
+    """Something unusual that is no fault yet: the step was taken, and no snapshot is for a while."""
+
+    findings: tuple[Finding, ...]

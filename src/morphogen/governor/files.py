@@ -5,18 +5,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from morphogen.errors import CheckpointError
-from morphogen.governor.findings import Finding, Observation
+from morphogen.governor.findings import Observation
 from morphogen.governor.recovery import Memory
 from morphogen.governor.verdicts import WatchState
 from morphogen.state import Generation, checkpoint
 
 _FILE = "governor.json"
-_FORMAT = "morphogen.governor.v1"
+_FORMAT = "morphogen.governor.v2"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,16 +28,18 @@ class Record:
         generations: Its snapshots, oldest first.
         memories: ``Generation.observed`` -> what it knew then.
         detectors: State of each detector by name.
+        sensors: What the sensors count.
         pending: Observations not judged yet, their numbers read.
-        evidence: (step, finding), oldest first.
+        timeline: What its report is made of.
     """
 
     watch: WatchState
     generations: tuple[Generation, ...]
     memories: Mapping[int, Memory]
     detectors: Mapping[str, Any]
+    sensors: Mapping[str, Any]
     pending: Sequence[Observation]
-    evidence: Iterable[tuple[int, Finding]]
+    timeline: Mapping[str, Any]
 
 
 def write(directory: Path, record: Record) -> None:
@@ -61,8 +63,9 @@ def write(directory: Path, record: Record) -> None:
                 for generation in record.generations
             ],
             "detectors": record.detectors,
+            "sensors": record.sensors,
             "pending": [dataclasses.asdict(observation) for observation in record.pending],
-            "evidence": [[step, dataclasses.asdict(finding)] for step, finding in record.evidence],
+            "timeline": record.timeline,
         }
     )
     content = json.loads(plain)
@@ -93,18 +96,24 @@ def read(directory: Path) -> Record:
             generations.append(Generation(step, snapshot, observed, good))
             memories[observed] = Memory(**memory)
         return Record(
-            watch=dataclasses.replace(WatchState(**saved["watch"]), alarms=tuple(saved["watch"]["alarms"])),
+            watch=_watch_from(saved["watch"]),
             generations=tuple(generations),
             memories=memories,
             detectors=saved["detectors"],
+            sensors=saved["sensors"],
             pending=[Observation(**observation) for observation in saved["pending"]],
-            evidence=[(step, Finding(**finding)) for step, finding in saved["evidence"]],
+            timeline=saved["timeline"],
         )
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error}. Check the path.") from error
     except (ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{path}: is damaged, or of another release ({reason}). Use another checkpoint.") from error
+
+
+def _watch_from(saved: Mapping[str, Any]) -> WatchState:
+    numbers: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
+    return WatchState(**numbers)
 
 
 def _verified(path: Path) -> dict[str, Any]:

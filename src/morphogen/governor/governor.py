@@ -2,54 +2,77 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
+import math
 import os
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from morphogen.errors import CheckpointError, StateMismatch, TrainingCollapsed
+from morphogen.errors import CheckpointError, TrainingCollapsed
 from morphogen.governor import files
 from morphogen.governor.config import GovernorConfig
+from morphogen.governor.consensus import Consensus
 from morphogen.governor.detectors import Detector, standard_detectors
-from morphogen.governor.events import LevelShiftAccepted, Rollback, StepSkipped
+from morphogen.governor.events import Collapsed, LevelShiftAccepted, PartQuarantined, Rollback, StepSkipped, Warned
 from morphogen.governor.findings import Finding, Observation
-from morphogen.governor.gradients import end_skipped_step, gradient_norm, is_routine_overflow
-from morphogen.governor.recovery import Memory, live_damage, put_back, snapshot_damage
+from morphogen.governor.gradients import end_skipped_step, is_routine_overflow, is_seeking_scale
+from morphogen.governor.keeper import Keeper
+from morphogen.governor.quarantine import quarantine_faulty
+from morphogen.governor.report import GovernorReport, GovernorSummary, Timeline
+from morphogen.governor.sensors import SIGNALS, Reading, Sensors, observation_of
+from morphogen.governor.structure import StructureGuard
 from morphogen.governor.verdicts import (
     Action,
+    Penalty,
     Verdict,
     WatchState,
+    after_acceptance,
     after_promotion,
     after_rewind,
     decide,
+    is_in_bad_window,
     is_level_shift,
     is_watching_closely,
+    passed_over,
     watched,
 )
-from morphogen.state import Ring, TrainingState
-from morphogen.telemetry.events import Emit, discard
+from morphogen.state import TrainingState, surgery
+from morphogen.telemetry.events import Emit, Event, discard
 
-_MAX_REMEMBERED_FINDINGS = 50
-_NO_GRADIENTS = -1.0
+
+@dataclasses.dataclass(frozen=True)
+class _Pending:
+    """A step that was measured and not judged yet."""
+
+    step: int
+    reading: Reading
+    metrics: Mapping[str, float]
 
 
 class Governor:
     """Watches a :class:`TrainingState` and keeps it out of trouble. Make it when the run is ready to train, after loading.
 
-    Call :meth:`observe` between ``backward`` and ``step``; take the step only if the verdict says so.
+    Call :meth:`observe` between ``backward`` and ``step``; take the step only if the verdict says so. With gradient
+    accumulation call it once for each optimizer step, with the loss of the whole.
 
     Args:
         state: The run. A rewind puts back every part of it.
         config: Knobs; the defaults need no knowledge of the task.
         detectors: Own detectors to use beside the standard ones, each with a name of its own.
-        emit: Receives ``StepSkipped``, ``Rollback`` and ``LevelShiftAccepted``.
+        probe: Returns a number that should not rise, such as the loss of a fixed batch in eval mode; called without gradients
+            every ``probe_every`` steps, it must leave the run as it is. It finds what the training loss hides.
+        distributed: Whether all processes come to one verdict, by one small all-reduce at each check: True for all processes
+            of ``torch.distributed`` where it is initialised, or a process group. Each process needs its own governor.
+        emit: Receives ``StepSkipped``, ``Rollback``, ``LevelShiftAccepted``, ``PartQuarantined``, ``Warned`` and
+            ``Collapsed``.
 
     Raises:
-        ValueError: Two detectors have the same name.
+        ValueError: Two detectors have the same name, or the config names an unknown owner.
         StateMismatch: A parameter or moment is not finite: there is nothing to rewind to.
 
     Example:
@@ -68,25 +91,30 @@ class Governor:
         config: GovernorConfig | None = None,
         *,
         detectors: Sequence[Detector] = (),
+        probe: Callable[[], Tensor | float] | None = None,
+        distributed: bool | dist.ProcessGroup = True,
         emit: Emit = discard,
     ) -> None:
         """Watch ``state`` and take the first snapshot, which is trusted: nothing has been trained yet, or it was loaded."""
         self.config = config or GovernorConfig()
         self._state = state
         self._detectors = (*standard_detectors(self.config), *detectors)
-        self._emit = emit
+        self._emit_event = emit
         self._watch = WatchState()
-        self._pending: list[tuple[Observation, Tensor]] = []
-        self._evidence: collections.deque[tuple[int, Finding]] = collections.deque(maxlen=_MAX_REMEMBERED_FINDINGS)
+        self._pending: list[_Pending] = []
+        self._timeline = Timeline()
         names = [detector.name for detector in self._detectors]
         if len(set(names)) < len(names):
             raise ValueError(f"`detectors` must have names that differ, from the standard ones too, got {names}. Rename one.")
-        first = state.capture()
-        damage = snapshot_damage(state, first, None)
-        if damage:
-            raise StateMismatch("the run must be finite when a governor starts to watch it.", tuple(damage))
-        self._memories: dict[int, Memory] = {0: self._memory()}
-        self._ring = Ring(capacity=self.config.generations).with_candidate(0, first, 0).promoted()
+        for owner in () if isinstance(self.config.optimizer, str) else self.config.optimizer:
+            state.group_of(owner)
+        self._consensus = Consensus.of(distributed)
+        self._consensus.check_same("config", zlib.crc32(self.config.model_dump_json().encode()))
+        self._keeper = Keeper(state, self.config, self._detectors, self._consensus)
+        self._guard = StructureGuard(state)
+        self._sensors = Sensors(state, self.config.sensors, probe=probe)
+        self._softens_next_step = False
+        self._note_generations()
 
     @property
     def rollbacks(self) -> int:
@@ -101,15 +129,32 @@ class Governor:
     @property
     def status(self) -> str:
         """One word: "healthy", "suspicious" (an alarm in the window) or "recovering" (rewound, not past the fault yet)."""
-        if self._watch.alarms:
+        if self._watch.alarms or self._watch.doubts:
             return "suspicious"
         return "recovering" if self._watch.rewinds else "healthy"
+
+    def report(self) -> GovernorReport:
+        """Return what happened so far, to print, or to save as text or as an HTML page: ``report().save("report.html")``."""
+        watch = self._watch
+        summary = GovernorSummary(
+            observations=watch.observed,
+            skipped_steps=watch.skipped,
+            rewinds=watch.rewound,
+            status=self.status,
+            detectors=tuple(detector.name for detector in self._detectors),
+            config=self.config.model_dump(mode="json"),
+        )
+        return GovernorReport(self._timeline.history(), summary)
+
+    # -- the loop ---------------------------------------------------------------------------------------------------
 
     def observe(
         self,
         loss: Tensor | float,
         *,
         grad_norm: Tensor | float | None = None,
+        logits: Tensor | None = None,
+        labels: Tensor | None = None,
         metrics: Mapping[str, float] | None = None,
         step: int | None = None,
     ) -> Verdict:
@@ -118,7 +163,10 @@ class Governor:
         Args:
             loss: The loss of this step, a scalar.
             grad_norm: Global gradient norm if it is known, as ``clip_grad_norm_`` returns it; else it is computed.
-            metrics: Further numbers for own detectors.
+            logits: Outputs of the model for this batch, (..., C), for the detection of collapse; see
+                :func:`~morphogen.governor.outputs.output_signals`.
+            labels: Class numbers belonging to ``logits``: tells a batch of few classes from a collapse.
+            metrics: Further numbers for own detectors; the highest of all processes counts, each must give the same.
             step: The caller's own step number, used in verdicts and events; by default observations are counted.
 
         Returns:
@@ -126,74 +174,123 @@ class Governor:
             ``verdict.proceed``.
 
         Raises:
-            TrainingCollapsed: The fault came back after ``max_rewinds`` rewinds.
+            TrainingCollapsed: The fault came back after ``max_rewinds`` rewinds; the run is at the oldest good snapshot.
+            StateMismatch: A parameter, its gradient, its moments and the groups do not belong together any more.
             ValueError: ``loss`` or ``grad_norm`` is not one number.
         """
-        number = self._watch.observed if step is None else step
-        observation = Observation(step=number, loss=0.0, metrics=dict(metrics or {}))
-        self._pending.append((observation, self._numbers(loss, grad_norm)))
+        if self._guard.check() and not self._keeper.can_rewind():
+            self._restart_snapshots()
+        number = self._watch.observed + len(self._pending) if step is None else step
+        reading = self._sensors.measure(loss, grad_norm=grad_norm, logits=logits, labels=labels)
+        self._pending.append(_Pending(number, reading, dict(metrics or {})))
         if len(self._pending) < self.config.check_every and not is_watching_closely(self._watch, self.config):
-            self._watch = dataclasses.replace(self._watch, observed=self._watch.observed + 1)
-            return Verdict(step=observation.step, action=Action.PROCEED)
-        observations = self._read_pending()
-        self._pending = []
-        verdict = self._judge(observations)
-        return self._kept(observations[-1]) if verdict.proceed else verdict
+            verdict = Verdict(step=number, action=Action.PROCEED)
+        else:
+            verdict = self._judge(last_was_taken=False)
+        if verdict.proceed and self._softens_next_step:
+            self._softens_next_step = False
+            for optimizer in self._state.optimizers.values():
+                surgery.soften_first_step(optimizer)
+        return verdict
 
-    def _numbers(self, loss: Tensor | float, grad_norm: Tensor | float | None) -> Tensor:
-        """Return (loss, gradient norm) as one tensor on the loss's device, nothing read."""
-        device = loss.device if isinstance(loss, Tensor) else torch.device("cpu")
-        norm = gradient_norm(self._state.optimizers.values(), device) if grad_norm is None else grad_norm
-        values = {"loss": loss, "grad_norm": _NO_GRADIENTS if norm is None else norm}
-        for name, value in values.items():
-            if isinstance(value, Tensor) and value.numel() != 1:
-                raise ValueError(f"`{name}` must be one number, got a tensor of shape {tuple(value.shape)}. Reduce it first.")
-        tensors = [torch.as_tensor(value, dtype=torch.float64, device=device).detach() for value in values.values()]
-        return torch.stack([tensor.reshape(()) for tensor in tensors])
+    def flush(self) -> Verdict:
+        """Judge the steps that were taken and not looked at yet, where ``check_every`` is above 1; at the end of a run."""
+        if not self._pending:
+            return Verdict(step=self._watch.observed, action=Action.PROCEED)
+        return self._judge(last_was_taken=True)
+
+    def step(self, closure: Callable[[], Tensor], *, optimizer: str = "", step: int | None = None) -> Verdict:
+        """Compute a loss, judge it and take the optimizer's step if it may be taken; for optimizers that need a closure.
+
+        Args:
+            closure: Clears gradients, computes the loss, calls ``backward`` and returns the loss.
+            optimizer: Name of the optimizer to step, where the state has several.
+            step: As in :meth:`observe`.
+        """
+        with torch.enable_grad():
+            first: list[Tensor] = [closure()]
+        verdict = self.observe(first[0], step=step)
+        if verdict.proceed:
+            self._state.optimizers[optimizer].step(lambda: float((first.pop() if first else closure()).detach()))
+        return verdict
+
+    # -- judging ----------------------------------------------------------------------------------------------------
 
     def _read_pending(self) -> list[Observation]:
         """Read everything observed since the last check, in one transfer."""
         if not self._pending:
             return []
-        device = self._pending[-1][1].device
-        rows = torch.stack([numbers.to(device) for _, numbers in self._pending]).tolist()
-        return [
-            dataclasses.replace(observation, loss=loss, grad_norm=None if norm == _NO_GRADIENTS else norm)
-            for (observation, _), (loss, norm) in zip(self._pending, rows, strict=True)
-        ]
+        device = self._pending[-1].reading.values.device
+        numbers = iter(torch.cat([pending.reading.values.to(device) for pending in self._pending]).tolist())
+        rows = [{name: next(numbers) for name in pending.reading.names} | dict(pending.metrics) for pending in self._pending]
+        where = {"observations": self._watch.observed, "newest snapshot": self._keeper.ring.generations[-1].observed}
+        rows = self._consensus.worst(rows, ("loss", "grad_norm", *SIGNALS), where)
+        return [observation_of(pending.step, row) for pending, row in zip(self._pending, rows, strict=True)]
 
-    def _judge(self, observations: Sequence[Observation]) -> Verdict:
-        """Judge all pending observations; the last one's step can still be stopped, the others' were taken."""
-        last, before = observations[-1], self._watch.observed - (len(observations) - 1)
-        self._watch = dataclasses.replace(self._watch, observed=before)
+    def _judge(self, last_was_taken: bool) -> Verdict:
+        """Judge all that is pending; only the last step can still be stopped, and not even that if it was taken."""
+        observations, end = self._read_pending(), self._watch.observed + len(self._pending)
+        self._pending = []
+        verdict = Verdict(step=observations[-1].step, action=Action.PROCEED)
         for observation in observations:
-            found = (detector.inspect(observation) for detector in self._detectors)
-            findings = tuple(finding for finding in found if finding is not None)
-            if is_routine_overflow(observation.loss, observation.grad_norm, self._state.scalers):
-                self._watch = dataclasses.replace(self._watch, observed=self._watch.observed + 1)
-                if observation is last:
-                    return self._skip(observation, findings)
-                continue  # the scaler itself left that step out
-            self._watch = watched(self._watch, bool(findings), self.config)
-            if findings:
-                self._evidence.extend((observation.step, finding) for finding in findings)
-                self._watch = dataclasses.replace(self._watch, observed=before + len(observations))
-                return self._react(observation, findings, step_was_taken=observation is not last)
-            for detector in self._detectors:
-                detector.accept(observation)
-        return Verdict(step=last.step, action=Action.PROCEED)
+            was_taken = last_was_taken or observation is not observations[-1]
+            verdict = self._judge_one(observation, was_taken)
+            if verdict.rollback is not None:  # what came after it was observed, too
+                self._watch = dataclasses.replace(self._watch, observed=end)
+                return verdict
+        return self._kept(observations[-1], verdict) if verdict.proceed else verdict
 
-    def _react(self, observation: Observation, findings: tuple[Finding, ...], step_was_taken: bool) -> Verdict:
+    def _judge_one(self, observation: Observation, was_taken: bool) -> Verdict:
+        self._timeline.record_loss(self._watch.observed + 1, observation.step, observation.loss)
+        if is_routine_overflow(observation.loss, observation.grad_norm, self._state.scalers):
+            findings = self._inspected(observation)
+            self._watch = dataclasses.replace(self._watch, observed=self._watch.observed + 1)
+            # A step that was taken was left out by the scaler itself.
+            return Verdict(step=observation.step, action=Action.PROCEED) if was_taken else self._skip(observation, findings)
+        if is_in_bad_window(self._watch, self.config) and not was_taken:
+            alarmed = any(not finding.warning for finding in self._inspected(observation))
+            self._watch = passed_over(self._watch, alarmed, self.config)
+            return self._skip(observation, (_bad_window_finding(self._watch),))
+        quarantined: tuple[str, ...] = ()
+        if not was_taken and not _isolated_is_finite(observation):
+            observation, quarantined = self._quarantine(observation)
+        findings = self._inspected(observation)
+        alarms = tuple(finding for finding in findings if not finding.warning)
+        if alarms:
+            verdict = self._react(observation, alarms, was_taken)
+        else:
+            self._watch = watched(self._watch, False, self.config, doubtful=bool(findings))
+            if findings:
+                self._emit(Warned(step=observation.step, findings=findings))
+            else:
+                for detector in self._detectors:
+                    detector.accept(observation)
+            verdict = Verdict(step=observation.step, action=Action.PROCEED, findings=findings)
+        return self._with_quarantined(verdict, quarantined) if quarantined else verdict
+
+    def _inspected(self, observation: Observation) -> tuple[Finding, ...]:
+        found = (detector.inspect(observation) for detector in self._detectors)
+        return tuple(finding for finding in found if finding is not None)
+
+    def _react(self, observation: Observation, findings: tuple[Finding, ...], was_taken: bool) -> Verdict:
         finite = not any(finding.non_finite for finding in findings)
+        sound = not any(finding.in_state for finding in findings)
+        if not was_taken:
+            self._sensors.buffers.put_back()
+        if not finite:
+            sound = sound and not self._keeper.live_damage()
+        harmless = sound and not finite and not was_taken  # nothing of one bad batch is left behind
+        self._watch = watched(self._watch, True, self.config, doubtful=not harmless)
         lasted = max(finding.lasted_steps for finding in findings)
-        if finite and is_level_shift(self._watch, self.config, lasted):
+        known = min(finding.window_steps for finding in findings)
+        if finite and sound and is_level_shift(self._watch, self.config, lasted, known):
             return self._accept_level(observation, findings)
-        sound = finite or not live_damage(self._state, self._ring.good[-1].snapshot)
-        action = decide(self._watch, self.config, state_is_sound=sound, step_was_taken=step_was_taken)
+        action = decide(self._watch, self.config, state_is_sound=sound, step_was_taken=was_taken)
         return self._rewind(observation, findings) if action is Action.REWIND else self._skip(observation, findings)
 
     def _skip(self, observation: Observation, findings: tuple[Finding, ...]) -> Verdict:
         self._watch = dataclasses.replace(self._watch, skipped=self._watch.skipped + 1)
+        self._sensors.buffers.put_back()
         end_skipped_step(self._state.scalers, overflowed=any(finding.non_finite for finding in findings))
         verdict = Verdict(step=observation.step, action=Action.SKIP, findings=findings)
         self._emit(StepSkipped(step=observation.step, reason=verdict.reason, findings=findings))
@@ -202,88 +299,111 @@ class Governor:
     def _accept_level(self, observation: Observation, findings: tuple[Finding, ...]) -> Verdict:
         for detector in self._detectors:
             detector.forget()
-        self._watch = dataclasses.replace(self._watch, alarms=(), suspicious_steps=0, since_rewind=None)
+        self._watch = after_acceptance(self._watch)
         self._emit(LevelShiftAccepted(step=observation.step, findings=findings))
-        return Verdict(step=observation.step, action=Action.PROCEED)
+        return Verdict(step=observation.step, action=Action.PROCEED, findings=findings)
+
+    def _quarantine(self, observation: Observation) -> tuple[Observation, tuple[str, ...]]:
+        """Take out isolated parts that are not finite, and forget what they put into the gradient norm that was given."""
+        seeking = is_seeking_scale(self._state.scalers)
+        owners = quarantine_faulty(self._state.models, self._consensus, by_gradient=not seeking)
+        if owners and observation.grad_norm is not None and not math.isfinite(observation.grad_norm):
+            measured = self._sensors.gradient_norm()
+            observation = dataclasses.replace(observation, grad_norm=measured)
+        return observation, tuple(owners)
+
+    def _with_quarantined(self, verdict: Verdict, owners: tuple[str, ...]) -> Verdict:
+        findings = tuple(_quarantine_finding(owner) for owner in owners)
+        amount = self.config.quarantine_penalty
+        for owner, finding in zip(owners, findings, strict=True):
+            self._emit(PartQuarantined(step=verdict.step, owner=owner, findings=(finding,), penalty=amount))
+        penalties = tuple(
+            _penalty(verdict.step, amount, finding, owner) for owner, finding in zip(owners, findings, strict=True)
+        )
+        return dataclasses.replace(
+            verdict,
+            findings=verdict.findings + findings,
+            quarantined=owners,
+            penalties=verdict.penalties + penalties,
+        )
 
     # -- snapshots and rewinds --------------------------------------------------------------------------------------
 
-    def _kept(self, observation: Observation) -> Verdict:
-        """Promote a candidate that passed its probation; take a new one when due. Nothing while anything is suspicious."""
-        proceed = Verdict(step=observation.step, action=Action.PROCEED)
-        candidate = self._ring.candidate
-        if self._watch.alarms:
+    def _kept(self, observation: Observation, proceed: Verdict) -> Verdict:
+        """Promote a candidate that passed its probation; take a new one when due. Nothing while anything is in doubt."""
+        keeper, candidate = self._keeper, self._keeper.ring.candidate
+        if self._watch.doubts:
             return proceed
         if candidate is not None and self._watch.candidate_clean_steps >= self.config.probation_steps:
-            damage = snapshot_damage(self._state, candidate.snapshot, self._ring.good[-1].snapshot)
+            damage = keeper.candidate_damage()
             if damage:
-                finding = _damage_finding(damage)
-                self._evidence.append((observation.step, finding))
-                return self._rewind(observation, (finding,))
-            self._ring = self._ring.promoted()
-            self._watch = after_promotion(self._watch, self._memories[candidate.observed].position)
+                return self._rewind(observation, (_damage_finding(damage),))
+            position = keeper.memories[keeper.promote().observed].position
+            self._watch = after_promotion(self._watch, position)
             candidate = None
-        newest = self._ring.generations[-1].observed
+            self._note_generations()
+        newest = keeper.ring.generations[-1].observed
         if candidate is None and self._watch.observed - newest >= self.config.snapshot_every:
-            self._ring = self._ring.with_candidate(observation.step, self._state.capture(), self._watch.observed)
-            self._memories[self._watch.observed] = self._memory()
+            keeper.take(observation.step, self._watch.observed, self._watch.position)
             self._watch = dataclasses.replace(self._watch, candidate_clean_steps=0)
-            self._forget_dropped()
+            self._note_generations()
         return proceed
-
-    def _memory(self) -> Memory:
-        return Memory(self._watch.position, {detector.name: detector.state_dict() for detector in self._detectors})
-
-    def _forget_dropped(self) -> None:
-        kept = {generation.observed for generation in self._ring.generations}
-        self._memories = {observed: memory for observed, memory in self._memories.items() if observed in kept}
 
     def _rewind(self, observation: Observation, findings: tuple[Finding, ...]) -> Verdict:
         count = self._watch.rewinds + 1
+        rewound = self._keeper.rewind(min(count, self.config.max_rewinds))
+        self._sensors.start_anew()
+        self._pending = []
         if count > self.config.max_rewinds:
-            raise TrainingCollapsed(self._obituary(findings))
-        good = self._ring.good
-        target = good[max(0, len(good) - count)]
-        recovered = put_back(self._state, target.snapshot, self.config.optimizer)
-        # Learning rates that were not put back still carry the penalties of earlier rewinds.
-        penalties = count - 1 if recovered.strategy == "restore" else min(1, count - 1)
-        factor = self.config.learning_rate_penalty**penalties
-        if factor != 1.0:
-            self._state.scale_learning_rates(factor)
-        memory = self._memories[target.observed]
-        for detector in self._detectors:
-            if detector.name in memory.detectors:
-                detector.load_state_dict(memory.detectors[detector.name])
-            else:
-                detector.forget()
-        self._ring = dataclasses.replace(self._ring, generations=good[: good.index(target) + 1])
-        self._watch = after_rewind(self._watch, memory.position)
-        self._forget_dropped()
+            self._collapse(observation, findings, rewound.target.step)
+        self._watch = after_rewind(self._watch, rewound.memory.position)
+        self._softens_next_step = "reset" in rewound.recovered.strategy
         rollback = Rollback(
             step=observation.step,
             reason=findings[0].message,
             findings=findings,
             from_step=observation.step,
-            to_step=target.step,
-            parts=recovered.parts,
-            optimizer_strategy=recovered.strategy,
-            learning_rate_factor=factor,
+            to_step=rewound.target.step,
+            parts=rewound.recovered.parts,
+            optimizer_strategy=rewound.recovered.strategy,
+            learning_rate_factor=rewound.learning_rate_factor,
             penalty=self.config.penalty,
             count=count,
         )
         self._emit(rollback)
-        return Verdict(step=observation.step, action=Action.REWIND, findings=findings, rollback=rollback)
+        self._note_generations()
+        penalty = _penalty(observation.step, self.config.penalty, findings[0])
+        return Verdict(step=observation.step, action=Action.REWIND, findings=findings, rollback=rollback, penalties=(penalty,))
 
-    def _obituary(self, findings: Sequence[Finding]) -> str:
-        lines = [f"step {step}: {finding.detector}: {finding.message}" for step, finding in self._evidence]
-        return "\n  ".join(
+    def _collapse(self, observation: Observation, findings: tuple[Finding, ...], to_step: int) -> None:
+        reason, rewinds = findings[0].message, self._watch.rewinds
+        self._emit(Collapsed(step=observation.step, reason=reason, findings=findings, to_step=to_step, rewinds=rewinds))
+        self._note_generations()
+        report = self.report()
+        latest = report.history.findings.latest[-10:]
+        message = "\n  ".join(
             (
-                f"training collapsed: {findings[0].message} after {self._watch.observed} observations, and "
-                f"{self._watch.rewinds} rewinds (generations left: {[kept.step for kept in self._ring.good]}, learning rate "
-                "lowered) did not help. Lower the learning rate, clip gradients or look at the data. What was found:",
-                *lines[-10:],
+                f"training collapsed: {reason} after {self._watch.observed} observations, and {rewinds} rewinds, each further "
+                f"back or with a lower learning rate, did not help. The run is at the snapshot of step {to_step}. Lower the "
+                "learning rate, clip gradients or look at the data. What was found:",
+                *(f"step {entry.step}: {entry.finding.detector}: {entry.finding.message}" for entry in latest),
             )
         )
+        raise TrainingCollapsed(message, findings, report)
+
+    def _emit(self, event: Event) -> None:
+        self._timeline.record(self._watch.observed, event)
+        self._emit_event(event)
+
+    def _restart_snapshots(self) -> None:
+        watch = self._watch
+        self._keeper.restart(watch.observed, watch.observed, watch.position)
+        message = "the structure of the run changed: its snapshots could not be put back over it, and were dropped"
+        self._emit(Warned(step=watch.observed, findings=(Finding(detector="structure", message=message, value=0.0),)))
+        self._note_generations()
+
+    def _note_generations(self) -> None:
+        self._timeline.record_generations(self._watch.observed, self._keeper.ring.generations)
 
     # -- files ------------------------------------------------------------------------------------------------------
 
@@ -295,11 +415,12 @@ class Governor:
         """
         record = files.Record(
             watch=self._watch,
-            generations=self._ring.generations,
-            memories=self._memories,
-            detectors=self._memory().detectors,
+            generations=self._keeper.ring.generations,
+            memories=self._keeper.memories,
+            detectors=self._keeper.memory(0).detectors,
+            sensors=self._sensors.state_dict(),
             pending=self._read_pending(),
-            evidence=self._evidence,
+            timeline=self._timeline.state_dict(),
         )
         files.write(Path(path), record)
 
@@ -310,16 +431,21 @@ class Governor:
             CheckpointError: A file is missing or damaged; the governor is as it was.
         """
         record = files.read(Path(path))
+        timeline = Timeline()
+        try:
+            timeline.load_state_dict(record.timeline)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{os.fspath(path)}: its timeline is damaged: {error}. Use another checkpoint.") from error
         self._load_detectors(record, path)
-        self._ring = dataclasses.replace(self._ring, generations=record.generations)
-        self._watch, self._memories = record.watch, dict(record.memories)
-        self._pending = [(observation, _as_tensor(observation)) for observation in record.pending]
-        self._evidence.clear()
-        self._evidence.extend(record.evidence)
+        self._timeline = timeline
+        self._sensors.load_state_dict(record.sensors)
+        self._keeper.ring = dataclasses.replace(self._keeper.ring, generations=record.generations)
+        self._watch, self._keeper.memories = record.watch, dict(record.memories)
+        self._pending = [_as_pending(observation) for observation in record.pending]
 
     def _load_detectors(self, record: files.Record, path: str | os.PathLike[str]) -> None:
         """Give each detector its saved state; one that was not there starts anew. All or nothing."""
-        before = self._memory().detectors
+        before = self._keeper.memory(0).detectors
         try:
             for detector in self._detectors:
                 detector.load_state_dict(record.detectors.get(detector.name, before[detector.name]))
@@ -332,15 +458,36 @@ class Governor:
             ) from error
 
 
-def _as_tensor(observation: Observation) -> Tensor:
-    norm = _NO_GRADIENTS if observation.grad_norm is None else observation.grad_norm
-    return torch.tensor([observation.loss, norm], dtype=torch.float64)
+def _as_pending(observation: Observation) -> _Pending:
+    numbers = {"loss": observation.loss, **observation.signals}
+    if observation.grad_norm is not None:
+        numbers["grad_norm"] = observation.grad_norm
+    values = torch.tensor(list(numbers.values()), dtype=torch.float64)
+    return _Pending(observation.step, Reading(tuple(numbers), values), observation.metrics)
+
+
+def _isolated_is_finite(observation: Observation) -> bool:
+    return math.isfinite(observation.signals.get("isolated_grad_norm", 0.0))
+
+
+def _penalty(step: int, amount: float, finding: Finding, owner: str | None = None) -> Penalty:
+    return Penalty(step=step, amount=amount, owner=owner, reason=finding.message, ends_episode=owner is None)
+
+
+def _quarantine_finding(owner: str) -> Finding:
+    message = f"the part in {owner!r} is not finite; it did not act on the outputs yet and was taken out"
+    return Finding(detector="quarantine", message=message, value=math.nan, non_finite=True)
+
+
+def _bad_window_finding(watch: WatchState) -> Finding:
+    message = f"one of the batches that led to a fault, which came back after {watch.rewinds} rewinds; not trained on again"
+    return Finding(detector="bad_window", message=message, value=float(watch.position))
 
 
 def _damage_finding(damage: Sequence[str]) -> Finding:
     return Finding(
         detector="snapshot",
         message=f"not finite in a snapshot on probation: {', '.join(damage[:3])}{' and more' if len(damage) > 3 else ''}",
-        value=float("nan"),
+        value=math.nan,
         non_finite=True,
     )

@@ -9,40 +9,53 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
-
-from morphogen.state import surgery
+from torch.nn import Parameter
 
 # What torch's own gradient clipping is made of; no public name gives all norms in one call.
 _foreach_norm = torch._foreach_norm  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
 _HALF = (torch.float16, torch.bfloat16)
 
 
-def gradient_norm(optimizers: Iterable[Optimizer], device: torch.device) -> Tensor | None:
-    """Return the 2-norm over all gradients of all parameters of ``optimizers``, float64 on ``device``; None if there are none.
+def gradient_norms(parameters: Iterable[Parameter], device: torch.device) -> Tensor | None:
+    """Return the 2-norm of the gradient of each of ``parameters`` that has one, on ``device``; None if none has."""
+    gradients = [parameter.grad.detach() for parameter in parameters if parameter.grad is not None]
+    dense = [gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in gradients]
+    return tensor_norms(dense, device) if dense else None
 
-    Norms of half-precision gradients are summed in float32: a float16 sum overflows above 65504.
+
+def tensor_norms(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
+    """Return the 2-norm of each tensor on ``device``, nothing read; those of half precision are summed in float32.
+
+    A float16 sum overflows above 65504.
     """
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = collections.defaultdict(list)
-    for optimizer in optimizers:
-        for parameter in surgery.parameters_of(optimizer):
-            if parameter.grad is not None:
-                gradient = parameter.grad.detach()
-                gradient = gradient.coalesce().values() if gradient.is_sparse else gradient
-                groups[gradient.device, gradient.dtype].append(gradient)
-    if not groups:
-        return None
+    for tensor in tensors:
+        groups[tensor.device, tensor.dtype].append(tensor.detach())
     norms = [
         torch.stack(_foreach_norm(group, 2, torch.float32) if dtype in _HALF else _foreach_norm(group))
         for (_, dtype), group in groups.items()
     ]
-    return torch.cat([norm.to(device, torch.float64) for norm in norms]).norm()
+    return torch.cat([norm.to(device, _wide(device)) for norm in norms])
+
+
+def total_norm(norms: Tensor) -> Tensor:
+    """Return the 2-norm over several tensors from the norm of each."""
+    return norms.norm()
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def is_routine_overflow(loss: float, grad_norm: float | None, scalers: Mapping[str, Any]) -> bool:
     """Whether gradients overflowed only because a gradient scaler is still finding its scale, above 1."""
     if grad_norm is None or math.isfinite(grad_norm) or not math.isfinite(loss):
         return False
+    return is_seeking_scale(scalers)
+
+
+def is_seeking_scale(scalers: Mapping[str, Any]) -> bool:
+    """Whether a gradient scaler is in use whose scale can still go down, so that overflows are to be expected."""
     return any(scaler.get_scale() > 1.0 for scaler in _used(scalers))
 
 

@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from morphogen.errors import StateMismatch
 from morphogen.governor.config import Strategy
-from morphogen.state import Snapshot, TrainingState, surgery
-from morphogen.state.inventory import all_finite, module_tensors
+from morphogen.state import DynamicModel, Snapshot, TrainingState, surgery
+from morphogen.state.inventory import all_finite, disagreements, module_tensors
 from morphogen.state.parts import section
 
 _MOVING_PARTS = frozenset({"optimizer", "scheduler", "scaler"})
@@ -35,37 +35,68 @@ class Recovered:
     """How a run was put back.
 
     Attributes:
-        strategy: "restore", "reset" or "zero_momentum".
+        strategy: "restore", "reset" or "zero_momentum"; with several, as "owner: strategy" joined by commas.
         parts: Parts of the run that are as in the snapshot.
+        rates_restored: Whether learning rates and schedule are as in the snapshot.
     """
 
     strategy: str
     parts: tuple[str, ...]
+    rates_restored: bool
 
 
-def put_back(state: TrainingState, snapshot: Snapshot, strategy: Strategy) -> Recovered:
+def put_back(state: TrainingState, snapshot: Snapshot, strategy: Strategy | Mapping[str, Strategy]) -> Recovered:
     """Put ``state`` back to ``snapshot``.
 
-    "auto" restores moments where the snapshot has them, else resets. So does "zero_momentum" if a second moment of the live
-    optimizer is not finite, since it would poison the run at once.
+    A strategy says what becomes of the moments. "restore" takes them from the snapshot. "reset" forgets them; learning rates
+    and schedule stay as they are now. "zero_momentum" takes them from the snapshot and zeroes the first ones, so that nothing
+    pushes the run where it went before. "auto" is "restore". A snapshot without moments makes all of them "reset". Given for
+    each owner (as in ``TrainingState.learning_rates``), learning rates and schedule come from the snapshot for all, and owners
+    left out have their moments restored.
 
     Raises:
         StateMismatch: The snapshot does not fit the run, which is as it was.
+        ValueError: An owner is unknown.
     """
-    whole = "restore" if snapshot.has_optimizer_state else "reset"
-    if strategy == "zero_momentum":
-        state.restore(snapshot, optimizer="keep")
-        try:
+    synchronize(state)
+    if state.optimizers and not snapshot.has_optimizer_state:
+        strategy = "reset"
+    if isinstance(strategy, str):
+        wanted = "restore" if strategy == "auto" else strategy
+        state.restore(snapshot, optimizer="reset" if wanted == "reset" else "restore")
+        if wanted == "zero_momentum":
             for optimizer in state.optimizers.values():
                 surgery.zero_momentum(optimizer)
-        except StateMismatch:
-            strategy = "auto"
-    if strategy == "auto":
-        strategy = whole
-    if strategy in ("restore", "reset"):
-        state.restore(snapshot, optimizer=strategy)
-    kept = snapshot.parts if strategy == "restore" else snapshot.parts - _MOVING_PARTS
-    return Recovered(strategy, tuple(sorted(kept)))
+        kept = snapshot.parts - _MOVING_PARTS if wanted == "reset" else snapshot.parts
+        recovered = Recovered(wanted, tuple(sorted(kept)), wanted != "reset")
+    else:
+        state.restore(snapshot)
+        for owner, wanted in strategy.items():
+            optimizer, members = state.group_of(owner)
+            if wanted == "reset":
+                surgery.reset_moments(optimizer, members)
+            elif wanted == "zero_momentum":
+                surgery.zero_momentum(optimizer, members)
+        words = ", ".join(f"{owner}: {wanted}" for owner, wanted in strategy.items())
+        recovered = Recovered(words, tuple(sorted(snapshot.parts)), True)
+    synchronize(state)
+    return recovered
+
+
+def synchronize(state: TrainingState) -> None:
+    """Wait for everything that still runs on the run's devices, side streams too; for moments outside the step path."""
+    devices = {tensor.device for model in state.models.values() for tensor in (*model.parameters(), *model.buffers())}
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+
+def fits(state: TrainingState, snapshot: Snapshot) -> bool:
+    """Whether ``snapshot`` has the tensors of every model that cannot put its structure back by itself."""
+    fixed = {part: module for part, module in state.models.items() if not isinstance(module, DynamicModel)}
+    return not any(
+        disagreements(snapshot.table(section("model", part)), module_tensors(module).tensors) for part, module in fixed.items()
+    )
 
 
 def live_damage(state: TrainingState, trusted: Snapshot) -> list[str]:

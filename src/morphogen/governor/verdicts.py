@@ -19,21 +19,44 @@ class Action(enum.Enum):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Penalty:
+    """What a fault costs whoever caused it, for the bookkeeping of a trainer of policies.
+
+    Attributes:
+        step: Step at which the fault was seen; the punished action is one taken before.
+        amount: As configured.
+        owner: The part of the model at fault, such as a slot; None for the whole run.
+        reason: The finding's message.
+        ends_episode: Whether the run as it was is gone (rewound), so that a transition ends there and then.
+    """
+
+    step: int
+    amount: float
+    owner: str | None
+    reason: str
+    ends_episode: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Verdict:
     """The answer to one observation.
 
     Attributes:
         step: The observation's number.
-        action: PROCEED: take the step. SKIP: do not; the run is as ``backward`` left it, and gradient scalers have ended the
-            step. REWIND: do not; the run is at an earlier state.
-        findings: Why, empty when proceeding.
+        action: PROCEED: take the step. SKIP: do not; parameters, optimizer and running statistics are as before the batch,
+            and gradient scalers have ended the step. REWIND: do not; the run is at an earlier state.
+        findings: Why. When proceeding, warnings and what was quarantined, if anything.
         rollback: What was rewound, for a REWIND.
+        quarantined: Parts of the model that were taken out, by owner; their gradients are gone with them.
+        penalties: One for the rewind, one for each part that was taken out.
     """
 
     step: int
     action: Action
     findings: tuple[Finding, ...] = ()
     rollback: Rollback | None = None
+    quarantined: tuple[str, ...] = ()
+    penalties: tuple[Penalty, ...] = ()
 
     @property
     def proceed(self) -> bool:
@@ -42,7 +65,7 @@ class Verdict:
 
     @property
     def reason(self) -> str:
-        """The findings as one line; empty when proceeding."""
+        """The findings as one line."""
         return "; ".join(finding.message for finding in self.findings)
 
 
@@ -53,10 +76,13 @@ class WatchState:
     Attributes:
         observed: Observations so far.
         alarms: Numbers of the alarming observations within the alarm window.
+        doubts: Numbers of those after which the state itself may not be what it should be: all but steps that were skipped
+            for one bad batch and left nothing behind. Warnings are among them.
         suspicious_steps: Observations in a row with an alarm in the window.
         position: Clean observations on the way to the present state; a rewind takes it back.
         fault_position: Furthest position at which a fault led to a rewind; -1 before the first.
         candidate_clean_steps: Clean observations in a row since the present candidate snapshot was taken.
+        window_alarms: Of the latest observations in the bad window (see :func:`is_in_bad_window`), how many in a row alarmed.
         rewinds: Rewinds since the run last got past ``fault_position`` and stayed clean.
         since_rewind: Observations since the last rewind; None before the first.
         skipped: Steps skipped in all.
@@ -65,29 +91,45 @@ class WatchState:
 
     observed: int = 0
     alarms: tuple[int, ...] = ()
+    doubts: tuple[int, ...] = ()
     suspicious_steps: int = 0
     position: int = 0
     fault_position: int = -1
     candidate_clean_steps: int = 0
+    window_alarms: int = 0
     rewinds: int = 0
     since_rewind: int | None = None
     skipped: int = 0
     rewound: int = 0
 
 
-def watched(state: WatchState, alarmed: bool, config: GovernorConfig) -> WatchState:
-    """Return the state after one more observation, with or without an alarm."""
-    recent = tuple(number for number in state.alarms if state.observed - number < config.alarm_window_steps)
-    alarms = (*recent, state.observed) if alarmed else recent
+def watched(state: WatchState, alarmed: bool, config: GovernorConfig, doubtful: bool | None = None) -> WatchState:
+    """Return the state after one more observation.
+
+    Args:
+        state: Before it.
+        alarmed: Whether it was an alarm.
+        config: Has the window.
+        doubtful: Whether it casts doubt on the state of the run; by default every alarm does.
+    """
+    doubtful = alarmed if doubtful is None else doubtful
+    alarms = _recent(state.alarms, alarmed, state.observed, config)
     return dataclasses.replace(
         state,
         observed=state.observed + 1,
         alarms=alarms,
+        doubts=_recent(state.doubts, doubtful, state.observed, config),
         suspicious_steps=state.suspicious_steps + 1 if alarms else 0,
         position=state.position if alarmed else state.position + 1,
-        candidate_clean_steps=0 if alarmed else state.candidate_clean_steps + 1,
+        candidate_clean_steps=0 if doubtful else state.candidate_clean_steps + (not alarmed),
+        window_alarms=state.window_alarms if alarmed else 0,
         since_rewind=None if state.since_rewind is None else state.since_rewind + 1,
     )
+
+
+def _recent(numbers: tuple[int, ...], is_one: bool, observed: int, config: GovernorConfig) -> tuple[int, ...]:
+    kept = tuple(number for number in numbers if observed - number < config.alarm_window_steps)
+    return (*kept, observed) if is_one else kept
 
 
 def is_out_of_patience(state: WatchState, config: GovernorConfig) -> bool:
@@ -101,30 +143,57 @@ def is_out_of_patience(state: WatchState, config: GovernorConfig) -> bool:
 def decide(state: WatchState, config: GovernorConfig, *, state_is_sound: bool, step_was_taken: bool) -> Action:
     """Return what an alarm leads to.
 
-    A step that can still be stopped is skipped. A state that is damaged (non-finite parameters or buffers), a fault seen only
-    after its step was taken, and too many alarms within the window call for a rewind.
+    A step that can still be stopped is skipped. A state that is damaged, a fault seen only after its step was taken, and too
+    many alarms within the window call for a rewind.
     """
     if not state_is_sound or step_was_taken or is_out_of_patience(state, config):
         return Action.REWIND
     return Action.SKIP
 
 
-def is_level_shift(state: WatchState, config: GovernorConfig, lasted_steps: int) -> bool:
+def is_in_bad_window(state: WatchState, config: GovernorConfig) -> bool:
+    """Whether the run is back at the batches that led to a fault which came back when they were trained on again.
+
+    Where a rewind takes the data back too, the same batches come again. The first rewind trains on them, as the fault may have
+    had nothing to do with them; from the second on they are passed over, from ``skip_window_steps`` before the fault on.
+    """
+    if state.rewinds < 2 or state.fault_position < 0:
+        return False
+    first = state.fault_position - config.skip_window_steps
+    last = state.fault_position + config.alarm_window_steps
+    if state.window_alarms:  # not past the bad batches yet
+        last += config.skip_window_steps
+    return first <= state.position < last
+
+
+def passed_over(state: WatchState, alarmed: bool, config: GovernorConfig) -> WatchState:
+    """Return the state after an observation in the bad window, whose step is skipped whatever it shows."""
+    after = watched(state, False, config)
+    return dataclasses.replace(after, window_alarms=state.window_alarms + 1 if alarmed else 0)
+
+
+def is_level_shift(state: WatchState, config: GovernorConfig, lasted_steps: int, known_steps: int) -> bool:
     """Whether what alarms is the data and not the run.
 
     Either the fault has shown since the first observation after a rewind, until patience ran out: a known-good state that
-    shows it at once, again and again, is not the one at fault. Or alarms have come and gone for as long as a probation.
+    shows it at once, again and again, is not the one at fault. Or it has shown all through the end of the bad window, where
+    no step was taken, and goes on after it. Or alarms have come and gone for as long as a probation.
 
     Args:
         state: After the present alarm.
         config: Has the patience.
         lasted_steps: Of the present finding: the fault may have shown in observations that were no alarms.
+        known_steps: Clean steps that set the limit of the present finding. Those since the rewind may have been damaged ones:
+            what was known before it must have been enough to judge by.
     """
     if state.suspicious_steps > max(config.probation_steps, config.alarm_window_steps):
         return True
+    if state.window_alarms >= config.alarm_window_steps:
+        return True
     if state.since_rewind is None or not is_out_of_patience(state, config):
         return False
-    return state.since_rewind <= lasted_steps + len(state.alarms) - 1
+    known_before = known_steps - state.since_rewind + len(state.alarms)
+    return known_before >= config.explosion.min_steps and state.since_rewind <= lasted_steps + len(state.alarms) - 1
 
 
 def after_rewind(state: WatchState, position: int) -> WatchState:
@@ -132,7 +201,9 @@ def after_rewind(state: WatchState, position: int) -> WatchState:
     return dataclasses.replace(
         state,
         alarms=(),
+        doubts=(),
         suspicious_steps=0,
+        window_alarms=0,
         position=position,
         fault_position=max(state.fault_position, state.position),
         candidate_clean_steps=0,
@@ -142,6 +213,11 @@ def after_rewind(state: WatchState, position: int) -> WatchState:
     )
 
 
+def after_acceptance(state: WatchState) -> WatchState:
+    """Return the state after a change of level was accepted: nothing of what alarmed counts any more."""
+    return dataclasses.replace(state, alarms=(), doubts=(), suspicious_steps=0, window_alarms=0, since_rewind=None)
+
+
 def after_promotion(state: WatchState, position: int) -> WatchState:
     """Return the state after a snapshot taken at ``position`` proved good: past the last fault, its rewinds are forgiven."""
     return dataclasses.replace(state, rewinds=0) if position > state.fault_position else state
@@ -149,4 +225,6 @@ def after_promotion(state: WatchState, position: int) -> WatchState:
 
 def is_watching_closely(state: WatchState, config: GovernorConfig) -> bool:
     """Whether each step must be judged before it is taken, whatever ``check_every``: while suspicious or just rewound."""
-    return bool(state.alarms) or (state.since_rewind is not None and state.since_rewind < config.alarm_window_steps)
+    return bool(state.alarms or state.doubts) or (
+        state.since_rewind is not None and state.since_rewind < config.alarm_window_steps
+    )

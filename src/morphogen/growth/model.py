@@ -19,7 +19,7 @@ from morphogen.growth.events import GateRefused, StageChanged
 from morphogen.growth.export import check_same, plain_module
 from morphogen.growth.gates import GateResult, Reading, gate_into
 from morphogen.growth.layouts import LAYOUTS, Layout, check_layout, infer_layout, width_of
-from morphogen.growth.lifecycle import NEXT_STAGE, Operator, SlotState, Sowing, Stage, Transition
+from morphogen.growth.lifecycle import ACTING, LIVE, NEXT_STAGE, Operator, SlotState, Sowing, Stage, Transition
 from morphogen.growth.operators import Seed
 from morphogen.growth.probing import Example, probe, try_out
 from morphogen.growth.ramps import Curve
@@ -160,6 +160,11 @@ class GrowableModel(nn.Module):
             owned[owner].append((name, parameter))
         return owned
 
+    def isolated(self) -> dict[str, list[tuple[str, Parameter]]]:
+        """Return what :meth:`owners` does of the seeds in incubation alone, which do not act on the outputs."""
+        stages, owned = self.stages(), self.owners()
+        return {name: owned[name] for name, stage in stages.items() if stage in LIVE - ACTING and name in owned}
+
     # -- operations -------------------------------------------------------------------------------------------------
 
     def germinate(
@@ -237,6 +242,16 @@ class GrowableModel(nn.Module):
         """Remove a live seed now, or after ramping its alpha to zero over ``over`` ticks; its moments go with it."""
         state = self.slot(slot).state
         return self._move(slot, self._checked(slot, lambda: lifecycle.pruned(state, self.clock, over, reason)))
+
+    def quarantine(self, owner: str, reason: str) -> None:
+        """Remove a seed in incubation that is at fault: nothing else of the model changes. Its slot cools down.
+
+        Raises:
+            SlotError: There is no seed in incubation in that slot.
+        """
+        if owner not in self.isolated():
+            raise SlotError(f"`owner` must be a slot with a seed in incubation, got {owner!r}. Prune seeds that act by hand.")
+        self.prune(owner, reason=f"quarantined: {reason}")
 
     def excise(self, slot: str, *, reason: str = "excised") -> SlotState:
         """Cut a fossil out, by hand: no policy does this."""

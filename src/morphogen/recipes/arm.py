@@ -12,9 +12,10 @@ and after a rewind the data comes in another order, so that a bad window is not 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Hashable, Iterator
+from collections.abc import Generator, Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from morphogen import control, tasks
 from morphogen.control import Op, Policy
 from morphogen.governor import Governor
-from morphogen.governor.faults import KINDS, Fault, damage, poisoned
+from morphogen.governor.faults import Fault, Injections, inject, kind_named
 from morphogen.growth import ContributionResult, Stage, measure_contributions
 from morphogen.recipes.config import Arm, GrowConfig
 from morphogen.recipes.events import ArmFinished, ArmStarted, Decided, FaultInjected, TickMeasured
@@ -186,14 +187,14 @@ class ArmRun:
 
     def _train_step(self) -> bool:
         """Take one step; False if the governor rewound the run, and with it the cursor."""
-        inputs, targets = self._batch()
-        inputs = self._injected(inputs)
-        loss = self._flops.run(("train", self._structure()), lambda: self._backward(inputs, targets))
-        verdict = self.governor.observe(loss, grad_norm=self._host_gradient_norm(), step=self.cursor.step)
-        if verdict.proceed:
-            self.built.optimizer.step()
-            self._scheduler.step()
-            self._last_loss = loss  # read once a tick: reading it here would wait for the device in every step
+        with self._faults_at_work() as faults:
+            inputs, targets = self._batch()
+            loss = self._flops.run(("train", self._structure()), lambda: self._backward(inputs, faults.labels(targets)))
+            verdict = self.governor.observe(loss, grad_norm=self._host_gradient_norm(), step=self.cursor.step)
+            if verdict.proceed:
+                self.built.optimizer.step()
+                self._scheduler.step()
+                self._last_loss = loss  # read once a tick: reading it here would wait for the device in every step
         return verdict.rollback is None
 
     def _backward(self, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -229,19 +230,21 @@ class ArmRun:
         slots = (self.model.slot(name) for name in self.model.stages())
         return tuple((slot.mix, slot.state.blueprint, slot.state.operator) for slot in slots)
 
-    def _injected(self, inputs: Tensor) -> Tensor:
-        """Put in the faults that are due and were not put in before."""
+    @contextlib.contextmanager
+    def _faults_at_work(self) -> Generator[Injections]:
+        """Put the faults due in this step into it, unless they were in it before a rewind."""
+        step, due = self.cursor.step, list[Fault]()
         for fault in self._faults:
-            text = f"{fault.kind}@{fault.step}"
-            if fault.step == self.cursor.step and text not in self.progress.injected:
+            text = f"{fault.kind}@{step}"
+            if fault.is_at_work(step) and text not in self.progress.injected:
+                due.append(fault)
                 injected = (*self.progress.injected, text)
                 self.progress = dataclasses.replace(self.progress, injected=injected)
-                self._emit(FaultInjected(fault=fault.kind, detail=KINDS[fault.kind]))
-                if fault.kind == "nan":
-                    inputs = poisoned(inputs)
-                else:
-                    damage(self.model, self.built.streams.torch("fault", fault.step))
-        return inputs
+                if step == fault.step:
+                    self._emit(FaultInjected(fault=fault.kind, detail=kind_named(fault.kind).description))
+        with contextlib.ExitStack() as stack:
+            at_work = (inject(fault.kind, self.state, generator=self.built.streams.torch("fault", step)) for fault in due)
+            yield Injections(tuple(stack.enter_context(injection) for injection in at_work))
 
     # -- measuring and deciding -------------------------------------------------------------------------------------
 

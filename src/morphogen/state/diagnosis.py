@@ -21,10 +21,12 @@ def diagnose(parts: Parts, names: Mapping[int, str]) -> list[str]:
         parts: The run.
         names: ``id(parameter)`` -> name, of live parameters and of those that were live when the optimizer got them.
     """
-    held: dict[int, list[Parameter]] = collections.defaultdict(list)
-    for optimizer in parts.optimizers.values():
-        for parameter in surgery.parameters_of(optimizer):
-            held[id(parameter)].append(parameter)
+    return diagnose_structure(parts, names) + _not_finite(parts, _held_names(parts, names))
+
+
+def diagnose_structure(parts: Parts, names: Mapping[int, str]) -> list[str]:
+    """Return what :func:`diagnose` does without looking at any value."""
+    held = _held(parts)
     live = {id(parameter): name for name, parameter in parts.parameters().items()}
     problems: list[str] = []
     for key, parameters in held.items():
@@ -40,10 +42,29 @@ def diagnose(parts: Parts, names: Mapping[int, str]) -> list[str]:
             for name, parameter in parts.parameters().items()
             if parameter.requires_grad and id(parameter) in ours and id(parameter) not in held
         ]
-    known = {key: live.get(key, names.get(key, "?")) for key in held}
+    known = _held_names(parts, names)
     for optimizer in parts.optimizers.values():
         problems += [f"misshapen: {line}" for line in surgery.misshapen(optimizer, known)]
-    return problems + _not_finite(parts, known)
+    problems += [
+        f"misshapen: the gradient of `{known[key]}` is {tuple(parameter.grad.shape)}, the parameter {tuple(parameter.shape)}"
+        for key, (parameter, *_) in held.items()
+        if parameter.grad is not None and parameter.grad.shape != parameter.shape
+    ]
+    return problems
+
+
+def _held(parts: Parts) -> dict[int, list[Parameter]]:
+    """Return id -> every occurrence of each parameter that an optimizer steps."""
+    held: dict[int, list[Parameter]] = collections.defaultdict(list)
+    for optimizer in parts.optimizers.values():
+        for parameter in surgery.parameters_of(optimizer):
+            held[id(parameter)].append(parameter)
+    return held
+
+
+def _held_names(parts: Parts, names: Mapping[int, str]) -> dict[int, str]:
+    live = {id(parameter): name for name, parameter in parts.parameters().items()}
+    return {key: live.get(key, names.get(key, "?")) for key in _held(parts)}
 
 
 def _not_finite(parts: Parts, held: Mapping[int, str]) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.optim import LBFGS, Muon, Optimizer
+from torch.optim import LBFGS, Muon, Optimizer, RMSprop
 
 from morphogen.errors import StateMismatch
 from morphogen.state import fitting, layout
@@ -24,6 +24,9 @@ from morphogen.state.fitting import FIRST_MOMENTS
 from morphogen.state.layout import Owned, Placement
 from morphogen.state.records import GroupRecord, OptimizerRecord
 from morphogen.state.schedules import GroupMove, plan_scaling, plan_schedule
+
+SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "row_var", "col_var", "variance"})
+"""State keys that average or sum squared gradients, or their largest."""
 
 
 def parameters_of(optimizer: Optimizer) -> list[Parameter]:
@@ -166,7 +169,7 @@ def reset_moments(optimizer: Optimizer, parameters: Iterable[Parameter] | None =
     """Forget moments and step, of ``parameters`` or of all; groups, learning rates and schedule are untouched.
 
     The next update is that of a new optimizer: with Adam at most one learning rate long, but ten times as large as usual
-    for RMSprop, which has no bias correction; give such an optimizer a warm-up.
+    for RMSprop, which has no bias correction; see :func:`soften_first_step`.
     """
     if parameters is None:
         optimizer.state.clear()
@@ -176,23 +179,55 @@ def reset_moments(optimizer: Optimizer, parameters: Iterable[Parameter] | None =
             del optimizer.state[parameter]
 
 
-def zero_momentum(optimizer: Optimizer) -> None:
-    """Zero the first moments in place and keep second moments and ``step``: the next steps start without direction.
+def zero_momentum(optimizer: Optimizer, parameters: Iterable[Parameter] | None = None) -> None:
+    """Zero the first moments in place, of ``parameters`` or of all, and keep second moments and ``step``.
+
+    The next steps start without direction.
 
     Raises:
         StateMismatch: A second moment is not finite, so the zeroed run would be poisoned at once; nothing was changed.
     """
-    for parameter, state in optimizer.state.items():
-        for key, value in state.items():
+    chosen = list(optimizer.state) if parameters is None else [p for p in parameters if p in optimizer.state]
+    for parameter in chosen:
+        for key, value in optimizer.state[parameter].items():
             if key not in FIRST_MOMENTS and isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
                 raise StateMismatch(
                     f"second moment `{key}` of a parameter of shape {tuple(parameter.shape)} must be finite to zero the "
                     'momentum alone. Use "reset" or "restore".'
                 )
     with torch.no_grad():
-        for state in optimizer.state.values():
+        for parameter in chosen:
+            state = optimizer.state[parameter]
             for moment in (state[key] for key in FIRST_MOMENTS if isinstance(state.get(key), Tensor)):
                 moment.zero_()
+
+
+def soften_first_step(optimizer: Optimizer) -> int:
+    """Give parameters that have no moments yet, but a gradient, those that make the first step one learning rate long.
+
+    Only RMSprop needs it: it corrects no bias, so its first step after a reset is 1 / sqrt(1 - alpha) learning rates long, ten
+    at the defaults. Its running square is set to the square of the present gradient. Call it after ``backward``.
+
+    Returns:
+        How many parameters were given moments; 0 for all other optimizers.
+    """
+    if not isinstance(optimizer, RMSprop):
+        return 0
+    softened = 0
+    with torch.no_grad():
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None or parameter.grad.is_sparse or optimizer.state.get(parameter):
+                    continue
+                state = {"step": torch.zeros((), device=parameter.device if group["capturable"] else None)}
+                state["square_avg"] = parameter.grad.square()
+                if group["momentum"] > 0:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                if group["centered"]:
+                    state["grad_avg"] = torch.zeros_like(parameter)
+                optimizer.state[parameter] = state
+                softened += 1
+    return softened
 
 
 def rescale_moments(optimizer: Optimizer, ratio: float | Mapping[Parameter, float]) -> None:
@@ -217,6 +252,36 @@ def rescale_moments(optimizer: Optimizer, ratio: float | Mapping[Parameter, floa
             for key, value in optimizer.state.get(parameter, {}).items():
                 if key in FIRST_MOMENTS and isinstance(value, Tensor):
                     value.mul_(factor)
+
+
+def scale_moments(optimizer: Optimizer, *, first: float = 1.0, second: float = 1.0) -> int:
+    """Multiply first and second moments in place and keep ``step``, to see what a run makes of it: a fault, not a repair.
+
+    When a learning rate changes, :func:`rescale_moments` is meant.
+
+    Args:
+        optimizer: The optimizer whose moments change.
+        first: Finite factor of the moments that average gradients.
+        second: Finite factor >= 0 of those that average squared gradients.
+
+    Returns:
+        How many tensors were multiplied; 0 before the first step, or when the optimizer keeps no such moments.
+
+    Raises:
+        ValueError: A factor is out of range.
+    """
+    if not (abs(first) < float("inf") and 0.0 <= second < float("inf")):
+        raise ValueError(f"`first` must be finite and `second` finite and >= 0, got {first} and {second}. Pass for example 0.")
+    factors = dict.fromkeys(FIRST_MOMENTS, first) | dict.fromkeys(SECOND_MOMENTS, second)
+    changed = 0
+    with torch.no_grad():
+        for state in optimizer.state.values():
+            for key, value in state.items():
+                factor = factors.get(key, 1.0)
+                if factor != 1.0 and isinstance(value, Tensor):
+                    value.mul_(factor)
+                    changed += 1
+    return changed
 
 
 def copy_moments(
@@ -252,6 +317,11 @@ def copy_moments(
 def learning_rates(optimizer: Optimizer) -> dict[Parameter, float]:
     """Return the learning rate of each parameter as a float (a tensor rate is read, which waits for its device)."""
     return {parameter: float(group["lr"]) for group in optimizer.param_groups for parameter in group["params"]}
+
+
+def live_rates(optimizer: Optimizer) -> list[float | Tensor]:
+    """Return the learning rate of each group; a tensor rate is *aliased*, and not read."""
+    return [group["lr"] for group in optimizer.param_groups]
 
 
 def set_learning_rate(optimizer: Optimizer, learning_rate: float, owner: str | None = None) -> None:
@@ -323,6 +393,14 @@ def group_rates(optimizer: Optimizer) -> dict[str, float]:
     for index, group in enumerate(optimizer.param_groups):
         rates.setdefault(str(group.get("owner", f"group{index}")), float(group["lr"]))
     return rates
+
+
+def group_members(optimizer: Optimizer) -> dict[str, list[Parameter]]:
+    """Return the parameters of each owner, over all its groups; owners are named as in :func:`group_rates`."""
+    members: dict[str, list[Parameter]] = {}
+    for index, group in enumerate(optimizer.param_groups):
+        members.setdefault(str(group.get("owner", f"group{index}")), []).extend(group["params"])
+    return members
 
 
 def sync_groups(

@@ -48,3 +48,16 @@ class DynamicModel(Protocol):
     def on_topology_change(self, callback: Callable[[], Callable[[], None] | None]) -> None:
         """Call ``callback`` after each change of structure, held weakly if it is a bound method."""
         ...
+
+
+@runtime_checkable
+class Isolating(Protocol):
+    """A dynamic model some of whose parts do not act on the outputs yet, so that they can be taken out at any time."""
+
+    def isolated(self) -> Mapping[str, list[tuple[str, Parameter]]]:
+        """Owner -> (name, parameter) pairs, as in ``owners``, of the parts that do not act."""
+        ...
+
+    def quarantine(self, owner: str, reason: str) -> None:
+        """Take the isolated part of ``owner`` out; nothing else of the model changes."""
+        ...

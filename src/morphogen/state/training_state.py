@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from morphogen.errors import CheckpointError, StateMismatch
 from morphogen.state import checkpoint, extras as extra_kinds, inventory, restoring, surgery, trees
-from morphogen.state.diagnosis import diagnose
+from morphogen.state.diagnosis import diagnose, diagnose_structure
 from morphogen.state.events import OptimizerReset
 from morphogen.state.generators import read_global_generators, write_global_generators
 from morphogen.state.parts import Parts, first_names, section, tensors_of
@@ -237,12 +237,17 @@ class TrainingState:
         Raises:
             StateMismatch: With one line for each *orphaned* parameter (stepped by an optimizer but in no model, as after
                 ``load_state_dict(assign=True)``), *untracked* one (trainable but in no optimizer), *duplicated* one
-                (stepped twice) and each *non-finite* parameter, buffer or moment, by name.
+                (stepped twice), *misshapen* moment or gradient, and each *non-finite* parameter, buffer or moment, by name.
         """
-        remembered = {key: name for key, (_, name) in self._remembered.items()}
-        problems = diagnose(self._parts, remembered | self._name(self._parts.parameters()))
+        problems = self.problems()
         if problems:
             raise StateMismatch("the training state is not sound.", tuple(problems))
+
+    def problems(self, *, structure_only: bool = False) -> list[str]:
+        """Return the lines of :meth:`verify`, none if all is well; ``structure_only`` leaves out what reads the values."""
+        remembered = {key: name for key, (_, name) in self._remembered.items()}
+        names = remembered | self._name(self._parts.parameters())
+        return diagnose_structure(self._parts, names) if structure_only else diagnose(self._parts, names)
 
     def learning_rates(self) -> dict[str, float]:
         """Return the present learning rate of each owner (groups without an owner: ``group0``, ``group1``, ...)."""
@@ -251,6 +256,20 @@ class TrainingState:
             for owner, rate in surgery.group_rates(optimizer).items():
                 rates[f"{part}.{owner}" if part else owner] = rate
         return rates
+
+    def group_of(self, owner: str) -> tuple[Optimizer, list[Parameter]]:
+        """Return the optimizer and the parameters of an owner named as in :meth:`learning_rates`.
+
+        Raises:
+            ValueError: There is no such owner; the message lists them.
+        """
+        for part, optimizer in self.optimizers.items():
+            for name, members in surgery.group_members(optimizer).items():
+                if (f"{part}.{name}" if part else name) == owner:
+                    return optimizer, members
+        raise ValueError(
+            f"`owner` must be one of {', '.join(self.learning_rates())}, got {owner!r}. Name an optimizer's group."
+        )
 
     def scale_learning_rates(self, factor: float) -> None:
         """Multiply every learning rate by ``factor``, for good: schedules go on from, and return to, the scaled rates."""

@@ -72,6 +72,8 @@ class ConsoleSink:
             )
         elif kind == "FaultInjected":
             self._say(f"{_arm(fields)}: step {fields['train_step']}: injected {fields['fault']}")
+        elif kind == "StepSkipped":
+            self._say(f"{_arm(fields)}: skipped step {fields['train_step']}: {fields['reason']}")
         elif kind == "Rollback":
             self._say(f"{_arm(fields)}: rewound from {fields['from_step']} to {fields['to_step']}: {fields['reason']}")
 

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from morphogen.telemetry import report_charts as charts, report_page as pages
+from morphogen.telemetry import markup, report_charts as charts, report_page as pages
 from morphogen.telemetry.jsonl import (
     ArmRecords,
     ReadResult,
@@ -110,8 +110,8 @@ def view_of(log: ReadResult, *, name: str, config: str = "", summary: str = "") 
         rollbacks=tuple(story for run in runs for story in _stories(run)),
         skipped=_skipped_table(runs),
         refused=_refused_table(runs),
-        config=config or pages.yaml(mapping_in(start, "config")) or "n/a",
-        versions=pages.yaml(mapping_in(start, "versions")),
+        config=config or markup.yaml(mapping_in(start, "config")) or "n/a",
+        versions=markup.yaml(mapping_in(start, "versions")),
         summary=summary,
         command=text_in(start, "command"),
         notes=_notes(log),
@@ -121,22 +121,22 @@ def view_of(log: ReadResult, *, name: str, config: str = "", summary: str = "") 
 # Head: health, verdict, numbers, result table
 
 
-def _health(log: ReadResult, runs: Sequence[ArmRecords], end: Record | None) -> tuple[pages.Figure, ...]:
+def _health(log: ReadResult, runs: Sequence[ArmRecords], end: Record | None) -> tuple[markup.Figure, ...]:
     governor = text_in(last_of(log.records, "TickMeasured") or {}, "governor")
-    state = pages.Figure(name="run", value=_position(runs) if end is None else "finished", tone="good" if end else "warn")
+    state = markup.Figure(name="run", value=_position(runs) if end is None else "finished", tone="good" if end else "warn")
     tone = {"healthy": "good", "n/a": ""}.get(governor, "warn")
     return (
         state,
-        pages.Figure(name="governor", value=governor, tone=tone),
+        markup.Figure(name="governor", value=governor, tone=tone),
         _alarm("rollbacks", len(of_kind(log.records, "Rollback"))),
         _alarm("skipped steps", len(of_kind(log.records, "StepSkipped"))),
-        pages.Figure(name="injected faults", value=f"{len(of_kind(log.records, 'FaultInjected'))}"),
+        markup.Figure(name="injected faults", value=f"{len(of_kind(log.records, 'FaultInjected'))}"),
         _alarm("malformed lines", log.malformed_count, tone="bad"),
     )
 
 
-def _alarm(name: str, count: int, tone: str = "warn") -> pages.Figure:
-    return pages.Figure(name=name, value=f"{count:,}", tone=tone if count else "good")
+def _alarm(name: str, count: int, tone: str = "warn") -> markup.Figure:
+    return markup.Figure(name=name, value=f"{count:,}", tone=tone if count else "good")
 
 
 def _position(runs: Sequence[ArmRecords]) -> str:
@@ -147,11 +147,11 @@ def _position(runs: Sequence[ArmRecords]) -> str:
     return f"not finished: {run.title}, step {step_of(run.records[-1]):,.0f} of {pages.count_text(total)}"
 
 
-def _verdict(runs: Sequence[ArmRecords], start: Record, end: Record | None, metric: str) -> pages.Figure:
+def _verdict(runs: Sequence[ArmRecords], start: Record, end: Record | None, metric: str) -> markup.Figure:
     if end is None:
         done = len(finished_records(runs, "grown"))
         words = f"the run has not finished ({done} of {text_in(start, 'repeats')} repeats of the grown network done)"
-        return pages.Figure(name="verdict", value=f"No verdict yet: {words}.")
+        return markup.Figure(name="verdict", value=f"No verdict yet: {words}.")
     paired = mapping_in(end, "paired_difference")
     mean, low, high = (_finite(number_in(paired, name)) for name in ("mean", "low", "high"))
     return pages.verdict_of(mean, low, high, repeats=text_in(paired, "repeats"), metric=metric)
@@ -174,7 +174,7 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _numbers(log: ReadResult, runs: Sequence[ArmRecords], start: Record, metric: str) -> tuple[pages.Figure, ...]:
+def _numbers(log: ReadResult, runs: Sequence[ArmRecords], start: Record, metric: str) -> tuple[markup.Figure, ...]:
     rows = {text_in(row, "arm"): row for row in result_rows(log.records)}
     grown, static, reference = (rows.get(arm, {}) for arm in ("grown", "static", "reference"))
     stages = Counter(
@@ -192,10 +192,10 @@ def _numbers(log: ReadResult, runs: Sequence[ArmRecords], start: Record, metric:
         ("seeds", f"{stages['fossilized']} of {stages['germinated']}", "kept, all repeats"),
         ("wall time", pages.time_text(elapsed_seconds(log.records)), "up to the last record"),
     )
-    return tuple(pages.Figure(name=name, value=value, note=note) for name, value, note in values)
+    return tuple(markup.Figure(name=name, value=value, note=note) for name, value, note in values)
 
 
-def _repeats_table(runs: Sequence[ArmRecords], metric: str) -> pages.Table:
+def _repeats_table(runs: Sequence[ArmRecords], metric: str) -> markup.Table:
     rows = [
         (
             run.arm,
@@ -212,7 +212,7 @@ def _repeats_table(runs: Sequence[ArmRecords], metric: str) -> pages.Table:
         if (end := last_of(run.records, "ArmFinished")) is not None
     ]
     columns = f"arm|repeat|test {metric}|decision {metric}|parameters|training FLOPs|wall time|rollbacks|skipped steps"
-    return pages.table_of(columns, rows, numeric=columns.removeprefix("arm|"))
+    return markup.table_of(columns, rows, numeric=columns.removeprefix("arm|"))
 
 
 # Curves
@@ -248,22 +248,22 @@ def _total_steps(runs: Sequence[ArmRecords]) -> float:
     )
 
 
-def _ticked(run: ArmRecords, name: str) -> list[charts.Point]:
+def _ticked(run: ArmRecords, name: str) -> list[markup.Point]:
     return _finite_points(run, lambda tick: number_in(tick, name))
 
 
-def _finite_points(run: ArmRecords, value_in: Callable[[Record], float | None]) -> list[charts.Point]:
+def _finite_points(run: ArmRecords, value_in: Callable[[Record], float | None]) -> list[markup.Point]:
     """The finite values of the ticks over train steps, as measured, also where the run went back."""
     ticks = ((step_of(tick), value_in(tick)) for tick in of_kind(run.records, "TickMeasured"))
     return [(step, value) for step, value in ticks if value is not None and math.isfinite(value)]
 
 
-def _starting(run: ArmRecords) -> list[charts.Point]:
+def _starting(run: ArmRecords) -> list[markup.Point]:
     started = number_in(last_of(run.records, "ArmStarted") or {}, "parameters")
     return [] if started is None else [(0, started)]
 
 
-def _curve_marks(run: ArmRecords, measured: Sequence[charts.Point]) -> list[charts.Mark]:
+def _curve_marks(run: ArmRecords, measured: Sequence[markup.Point]) -> list[charts.Mark]:
     points, _ = charts.timeline(measured)
     rollbacks = [
         charts.Mark(
@@ -343,7 +343,7 @@ def _change_anchor(run: ArmRecords, number: int) -> str:
     return f"change-{run.index}-{number}"
 
 
-def _history(run: ArmRecords) -> pages.Table:
+def _history(run: ArmRecords) -> markup.Table:
     """Every stage change with its reason and the decision behind it, and every rollback, in the order of the log."""
     rows: dict[str, tuple[str, ...]] = {}
     decided: dict[str, Record] = {}
@@ -360,7 +360,7 @@ def _history(run: ArmRecords) -> pages.Table:
             words = f"rewound to step {entry.start:,.0f}"
             rows[f"rewound-{run.index}-{entry.number}"] = (f"{entry.end:,.0f}", "", "all", words, "", "", reason, "")
     columns = "step|tick|slot|change|after|blueprint|reason|decision"
-    return pages.table_of(columns, rows.values(), numeric="step|tick|after", ids=rows)
+    return markup.table_of(columns, rows.values(), numeric="step|tick|after", ids=rows)
 
 
 def _history_row(change: Record, decision: Record) -> tuple[str, ...]:
@@ -424,7 +424,7 @@ def _action_text(decisions: Sequence[Record]) -> str:
     return f"{what} at step {step_of(action):,.0f}: {text_in(action, 'reason')}"
 
 
-def _losses_around(run: ArmRecords, place: int) -> tuple[charts.Point, ...]:
+def _losses_around(run: ArmRecords, place: int) -> tuple[markup.Point, ...]:
     """The finite losses of the last ticks before the rollback at ``place`` and of the first new ones after it."""
     before, after = (
         _ticked(dataclasses.replace(run, records=part), "train_loss") for part in (run.records[:place], run.records[place:])
@@ -434,13 +434,13 @@ def _losses_around(run: ArmRecords, place: int) -> tuple[charts.Point, ...]:
     return (*old[-_LOSSES_BEFORE:], *new[:_LOSSES_AFTER])
 
 
-def _findings_table(record: Record) -> pages.Table:
+def _findings_table(record: Record) -> markup.Table:
     names = "detector|value|threshold|window_steps|message"
     rows = (tuple(text_in(finding, name) for name in names.split("|")) for finding in records_in(record, "findings"))
-    return pages.table_of(names.replace("_", " "), rows, numeric="value|threshold|window steps")
+    return markup.table_of(names.replace("_", " "), rows, numeric="value|threshold|window steps")
 
 
-def _skipped_table(runs: Sequence[ArmRecords]) -> pages.Table:
+def _skipped_table(runs: Sequence[ArmRecords]) -> markup.Table:
     grouped: dict[tuple[str, str, str], list[Record]] = {}
     for run in runs:
         for record in of_kind(run.records, "StepSkipped"):
@@ -451,14 +451,14 @@ def _skipped_table(runs: Sequence[ArmRecords]) -> pages.Table:
         for key, group in grouped.items()
     )
     columns = "arm|reason|detectors|finding (the last one)|steps|first|last"
-    return pages.table_of(columns, rows, numeric="steps|first|last")
+    return markup.table_of(columns, rows, numeric="steps|first|last")
 
 
 def _message_text(skipped: Record) -> str:
     return "; ".join(text_in(finding, "message") for finding in records_in(skipped, "findings")) or "n/a"
 
 
-def _refused_table(runs: Sequence[ArmRecords]) -> pages.Table:
+def _refused_table(runs: Sequence[ArmRecords]) -> markup.Table:
     """Refusals by slot, gate and reason; of reasons that differ in their numbers alone the last is shown."""
     grouped: dict[tuple[str, str, str, str], list[str]] = {}
     for run in runs:
@@ -468,7 +468,7 @@ def _refused_table(runs: Sequence[ArmRecords]) -> pages.Table:
                 grouped.setdefault(key, []).append(reason)
     counted = sorted(grouped.items(), key=lambda item: -len(item[1]))
     rows = ((arm, slot, gate, reasons[-1], f"{len(reasons)}") for (arm, slot, gate, _), reasons in counted)
-    return pages.table_of("arm|slot|gate|reason (the last one)|times", rows, numeric="times")
+    return markup.table_of("arm|slot|gate|reason (the last one)|times", rows, numeric="times")
 
 
 def _notes(log: ReadResult) -> tuple[str, ...]:

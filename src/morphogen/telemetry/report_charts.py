@@ -1,4 +1,4 @@
-"""Pictures of a report: pure functions from what is to be drawn to inline SVG, and the markup they are made of.
+"""Pictures of a report: pure functions from what is to be drawn to inline SVG.
 
 Colours are CSS classes (``arm-grown``, ``stage-holding``), so that the page alone decides light, dark and print. The x
 axis is always the optimizer step; points of a line never go back along it.
@@ -10,50 +10,16 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import html
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeAlias
 
-Point: TypeAlias = tuple[float, float]
+from morphogen.telemetry.markup import Markup, Point, Scale, join, nice_ticks, path_of, tag
 
 _WIDTH = 760
 _MAX_POINTS = 400
 _LABEL_GAP = 14
 _TEXT_WIDTH, _BOLD_WIDTH = 6.2, 7.6
-
-
-class Markup(str):
-    """Text that is HTML already; any other text is escaped when it is put into a :func:`tag`."""
-
-    __slots__ = ()
-
-
-def tag(name: str, *children: str, **attributes: str | float | None) -> Markup:
-    """Return one element; text that is not :class:`Markup` is escaped, an attribute of None is left out.
-
-    Example:
-        >>> tag("p", "a < b", class_="note", data_count=3)
-        '<p class="note" data-count="3">a &lt; b</p>'
-    """
-    written = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{html.escape(_attribute(value))}"'
-        for key, value in attributes.items()
-        if value is not None
-    )
-    return Markup(f"<{name}{written}>{join(children)}</{name}>")
-
-
-def join(children: Iterable[str]) -> Markup:
-    """Return ``children`` one after the other, escaped where they are not :class:`Markup`."""
-    return Markup("".join(child if isinstance(child, Markup) else html.escape(child) for child in children))
-
-
-def _attribute(value: str | float) -> str:
-    if isinstance(value, float):
-        return f"{value:.1f}".removesuffix(".0")
-    return str(value)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,37 +99,6 @@ class LaneChart:
     rewinds: tuple[Rewind, ...]
     marks: tuple[Mark, ...]
     last_step: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Scale:
-    """A linear map from values to SVG units."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-
-    def __call__(self, value: float) -> float:
-        """Return where ``value`` lies, held within the ends."""
-        share = (value - self.low) / (self.high - self.low) if self.high > self.low else 0.0
-        return self.start + min(max(share, 0.0), 1.0) * (self.end - self.start)
-
-
-def nice_ticks(low: float, high: float, count: int = 5) -> tuple[float, ...]:
-    """Return about ``count`` round values that cover ``low`` to ``high``: multiples of 1, 2 or 5 times a power of ten.
-
-    Example:
-        >>> nice_ticks(0, 480)
-        (0.0, 100.0, 200.0, 300.0, 400.0, 500.0)
-    """
-    if not high > low:
-        low, high = low - (abs(low) * 0.1 or 1.0), high + (abs(high) * 0.1 or 1.0)
-    rough = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return tuple(index * step for index in range(first, last + 1))
 
 
 def thinned(points: Sequence[Point], limit: int = _MAX_POINTS) -> tuple[Point, ...]:
@@ -286,7 +221,7 @@ def sparkline(points: Sequence[Point], marks: Sequence[Point], label: str) -> Ma
         tag("rect", x=x_scale(start), y=0, width=max(x_scale(end) - x_scale(start), 2), height=height, class_="rewound")
         for start, end in marks
     ]
-    path = tag("path", d=_path(points, x_scale, y_scale), class_="spark")
+    path = tag("path", d=path_of(points, x_scale, y_scale), class_="spark")
     return tag("svg", tag("title", label), *spans, path, viewBox=f"0 0 {width} {height}", role="img", class_="sparkline")
 
 
@@ -332,10 +267,6 @@ def _svg(label: str, height: float, body: Iterable[Markup]) -> Markup:
     return tag("div", picture, class_="scroll")
 
 
-def _path(points: Sequence[Point], x_scale: Scale, y_scale: Scale) -> str:
-    return "M" + "L".join(f"{x_scale(x):.1f} {y_scale(y):.1f}" for x, y in points)
-
-
 def _y_tick(value: float, text: str, y_scale: Scale, x_scale: Scale) -> Markup:
     y = y_scale(value)
     line = tag("path", d=f"M{x_scale.start:.1f} {y:.1f}H{x_scale.end:.1f}", class_="grid")
@@ -350,7 +281,7 @@ def _x_axis(x_scale: Scale, y: float) -> list[Markup]:
 
 
 def _curve(line: Line, x_scale: Scale, y_scale: Scale) -> Markup:
-    path = tag("path", tag("title", line.title), d=_path(line.points, x_scale, y_scale), class_=f"line {line.kind}")
+    path = tag("path", tag("title", line.title), d=path_of(line.points, x_scale, y_scale), class_=f"line {line.kind}")
     return tag("g", path, class_=arm_class(line.arm))
 
 
@@ -411,7 +342,7 @@ def _lane(lane: Lane, y: float, x_scale: Scale) -> list[Markup]:
     ]
     floor = tag("path", d=f"M{x_scale.start:.1f} {y + 46:.1f}H{x_scale.end:.1f}", class_="grid")
     points = thinned(lane.alphas)
-    alpha = tag("path", tag("title", f"alpha of {lane.slot}"), d=_path(points, x_scale, alpha_scale), class_="alpha")
+    alpha = tag("path", tag("title", f"alpha of {lane.slot}"), d=path_of(points, x_scale, alpha_scale), class_="alpha")
     signs = [_mark(mark, x_scale(mark.step), y + 21.5) for mark in lane.marks]
     return [name, *bars, floor, *([alpha] if points else []), *_births(lane, y, x_scale), *signs]
 

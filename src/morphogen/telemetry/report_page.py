@@ -8,57 +8,42 @@ Source: standard library only.
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import hashlib
-import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from morphogen.telemetry.events import Json
+from morphogen.telemetry.markup import (
+    BASE_STYLE,
+    DARK,
+    DARK_SIGNALS,
+    LIGHT,
+    LIGHT_SIGNALS,
+    NARROW_AND_PRINT_STYLE,
+    Figure,
+    Markup,
+    Point,
+    Table,
+    document,
+    folded,
+    legend,
+    number,
+    section,
+    table,
+    tag,
+)
 from morphogen.telemetry.report_charts import (
     LaneChart,
     LineChart,
-    Markup,
-    Point,
     arm_class,
     interval_bar,
-    join,
     lane_chart,
     line_chart,
     sparkline,
-    tag,
 )
 
 _MAX_OPEN_ROLLBACKS = 6
 _SHOWN_WITH_ONE_DIGIT = 0.0005
 _PREFIXES = ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k"))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Figure:
-    """A named value. ``tone``: "good", "warn", "bad" or "" for how it is to be taken."""
-
-    name: str
-    value: str
-    note: str = ""
-    tone: str = ""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Table:
-    """Rows of text under ``columns``, those in ``numeric`` to the right; ``ids`` make rows link targets."""
-
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    numeric: frozenset[str] = frozenset()
-    ids: tuple[str, ...] = ()
-
-
-def table_of(columns: str, rows: Iterable[tuple[str, ...]], *, numeric: str = "", ids: Iterable[str] = ()) -> Table:
-    """Return a table; ``columns`` and ``numeric`` are names with bars between them."""
-    names, numbers = columns.split("|"), frozenset(numeric.split("|"))
-    return Table(columns=tuple(names), rows=tuple(rows), numeric=numbers, ids=tuple(ids))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,19 +145,6 @@ def time_text(seconds: float | None) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
 
 
-def yaml(values: Json, indent: str = "") -> str:
-    """Return ``values`` one to a line, nested ones indented."""
-    if not isinstance(values, dict):
-        return json.dumps(values, ensure_ascii=False)
-    lines = (
-        f"{indent}{key}:\n{yaml(value, indent + '  ')}"
-        if isinstance(value, dict) and value
-        else f"{indent}{key}: {yaml(value) or '{}'}"
-        for key, value in values.items()
-    )
-    return "\n".join(lines)
-
-
 def verdict_of(mean: float | None, low: float | None, high: float | None, *, repeats: str, metric: str) -> Figure:
     """Return in one sentence what the paired difference, grown minus static host, says.
 
@@ -206,20 +178,8 @@ def difference_texts(values: Sequence[float], metric: str) -> list[str]:
 def page(view: RunView) -> str:
     """Return ``view`` as one complete HTML document."""
     sections = _nothing_yet(view) if view.is_empty else _sections(view)
-    digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    head = join(
-        (
-            Markup('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'),
-            Markup(f'<meta http-equiv="Content-Security-Policy" content="{policy}">'),
-            Markup('<meta name="color-scheme" content="light dark">'),
-            tag("title", view.title),
-            Markup(f"<style>{_STYLE}</style>"),
-        )
-    )
     header = tag("header", tag("h1", view.title), tag("p", view.subtitle, class_="quiet"))
-    body = tag("body", tag("main", header, *sections), Markup(f"<script>{_SCRIPT}</script>"))
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n{body}</html>\n'
+    return document(view.title, _STYLE, [header, *sections])
 
 
 def _nothing_yet(view: RunView) -> list[Markup]:
@@ -231,25 +191,17 @@ def _sections(view: RunView) -> list[Markup]:
     return [
         tag("ul", *map(_health, view.health), class_="health"),
         tag("p", view.verdict.value, class_=f"verdict {view.verdict.tone}"),
-        tag("dl", *map(_number, view.numbers), class_="numbers"),
-        _section("Result", _results(view), _folded("Every repeat", _table(view.repeats))),
-        _section("Curves", _curve_legend(), *map(_curve, view.curves)),
-        _section("Slots of the grown network", *_lane_blocks(view.lanes)),
-        _section("Rollbacks", *_rollbacks(view.rollbacks), id_="rollbacks"),
-        _section("Skipped steps", _table(view.skipped)),
-        _section("Refused gates", _table(view.refused)),
-        _section("Configuration", *_configuration(view)),
-        _section("Run it again", tag("pre", view.command, class_="command")),
+        tag("dl", *map(number, view.numbers), class_="numbers"),
+        section("Result", _results(view), folded("Every repeat", table(view.repeats))),
+        section("Curves", _curve_legend(), *map(_curve, view.curves)),
+        section("Slots of the grown network", *_lane_blocks(view.lanes)),
+        section("Rollbacks", *_rollbacks(view.rollbacks), id_="rollbacks"),
+        section("Skipped steps", table(view.skipped)),
+        section("Refused gates", table(view.refused)),
+        section("Configuration", *_configuration(view)),
+        section("Run it again", tag("pre", view.command, class_="command")),
         *_notes(view.notes),
     ]
-
-
-def _section(heading: str, *content: Markup, id_: str | None = None) -> Markup:
-    return tag("section", tag("h2", heading), *content, id=id_)
-
-
-def _folded(heading: str, *content: Markup, is_open: bool = False, id_: str | None = None) -> Markup:
-    return tag("details", tag("summary", heading), *content, id=id_, open="" if is_open else None)
 
 
 def _health(figure: Figure) -> Markup:
@@ -257,24 +209,6 @@ def _health(figure: Figure) -> Markup:
     signs = {"good": "✓", "warn": "!", "bad": "✕"}
     sign = tag("span", signs.get(figure.tone, "·"), class_=f"sign {figure.tone}", aria_hidden="true")
     return tag("li", sign, tag("span", figure.name, class_="quiet"), " ", tag("b", figure.value))
-
-
-def _number(figure: Figure) -> Markup:
-    note = tag("span", figure.note, class_="quiet") if figure.note else Markup("")
-    return tag("div", tag("dt", figure.name), tag("dd", figure.value, note))
-
-
-def _table(table: Table) -> Markup:
-    if not table.rows:
-        return tag("p", "None.", class_="quiet")
-    kinds = ["n" if column in table.numeric else None for column in table.columns]
-    head = tag("tr", *(tag("th", text, class_=kind) for text, kind in zip(table.columns, kinds, strict=True)))
-    ids = table.ids or (None,) * len(table.rows)
-    rows = [
-        tag("tr", *(tag("td", text, class_=kind) for text, kind in zip(row, kinds, strict=True)), id=anchor)
-        for row, anchor in zip(table.rows, ids, strict=True)
-    ]
-    return tag("div", tag("table", tag("thead", head), tag("tbody", *rows)), class_="scroll")
 
 
 def _results(view: RunView) -> Markup:
@@ -311,12 +245,7 @@ def _curve(chart: LineChart) -> Markup:
 def _curve_legend() -> Markup:
     arms = ((arm, f"swatch {arm_class(arm)}") for arm in ("static", "reference", "grown"))
     words = "thick: mean over repeats as far as all have come; thin: one repeat; dashed: rewound"
-    return _legend((*arms, ("rollback", "key diamond"), ("injected fault", "key triangle")), words)
-
-
-def _legend(entries: Sequence[tuple[str, str]], words: str) -> Markup:
-    keys = (tag("span", tag("i", class_=kind), name) for name, kind in entries)
-    return tag("p", *keys, tag("span", words), class_="legend quiet")
+    return legend((*arms, ("rollback", "key diamond"), ("injected fault", "key triangle")), words)
 
 
 _STAGES = ("dormant", "germinated", "training", "blending", "holding", "fossilized", "pruned", "embargoed", "resetting")
@@ -326,12 +255,12 @@ def _lane_blocks(blocks: Sequence[LaneBlock]) -> list[Markup]:
     if not blocks:
         return [tag("p", "No repeat of the grown network has begun yet.", class_="quiet")]
     words = "line below a bar: alpha from 0 to 1; ✕: pruned; shaded under an arrow: thrown away by a rollback"
-    legend = _legend([(stage, f"swatch stage-{stage}") for stage in _STAGES], words)
-    return [legend, *map(_lane_block, blocks)]
+    keys = legend([(stage, f"swatch stage-{stage}") for stage in _STAGES], words)
+    return [keys, *map(_lane_block, blocks)]
 
 
 def _lane_block(block: LaneBlock) -> Markup:
-    history = _folded("Every stage change and its reason", _table(block.history))
+    history = folded("Every stage change and its reason", table(block.history))
     return tag("figure", tag("figcaption", block.heading), lane_chart(block.chart), history)
 
 
@@ -339,7 +268,7 @@ def _rollbacks(stories: Sequence[RollbackStory]) -> list[Markup]:
     if not stories:
         return [tag("p", "None.", class_="quiet")]
     is_open = len(stories) <= _MAX_OPEN_ROLLBACKS
-    return [_folded(story.heading, *_story(story), is_open=is_open, id_=story.anchor) for story in stories]
+    return [folded(story.heading, *_story(story), is_open=is_open, id_=story.anchor) for story in stories]
 
 
 def _story(story: RollbackStory) -> list[Markup]:
@@ -350,15 +279,15 @@ def _story(story: RollbackStory) -> list[Markup]:
         tag("figcaption", "train loss around it, thrown away where shaded"),
         sparkline(story.losses, [story.lost_steps], f"train loss around: {story.heading}"),
     )
-    return [tag("div", listed, curve, class_="story"), _table(story.findings)]
+    return [tag("div", listed, curve, class_="story"), table(story.findings)]
 
 
 def _configuration(view: RunView) -> list[Markup]:
-    parts = [_folded("Settings", tag("pre", view.config))]
+    parts = [folded("Settings", tag("pre", view.config))]
     if view.versions:
-        parts.append(_folded("Versions", tag("pre", view.versions)))
+        parts.append(folded("Versions", tag("pre", view.versions)))
     if view.summary:
-        parts.append(_folded("summary.json", tag("pre", view.summary)))
+        parts.append(folded("summary.json", tag("pre", view.summary)))
     return parts
 
 
@@ -366,75 +295,19 @@ def _notes(notes: Sequence[str]) -> list[Markup]:
     return [tag("footer", *(tag("p", note) for note in notes), class_="quiet")] if notes else []
 
 
-_SCRIPT = """
-addEventListener("beforeprint", () => {
-  for (const part of document.querySelectorAll("details")) part.open = true;
-});
+_COLOURS = f"""
+:root {{ color-scheme: light dark; {LIGHT}
+  --static: #7d7f79; --reference: #c2680d; --grown: #2468c8; --other: #8a4fb5; {LIGHT_SIGNALS} \
+--dormant: #ecece7; --germinated: #cdebd6; --training: #98d3ac; --blending: #5cb57f;
+  --holding: #2b8d5b; --fossilized: #0e5233; --pruned: #c6302b; --embargoed: #e6b9a8; --resetting: #cfc7bf; }}
+@media screen and (prefers-color-scheme: dark) {{ :root {{ {DARK} \
+--static: #9a9c95; --reference: #e39a45; --grown: #6aa5f5; --other: #c08be8;
+  {DARK_SIGNALS} --dormant: #2b2d2a; --germinated: #24473a; --training: #2c6a4e;
+  --blending: #379067; --holding: #56bd8b; --fossilized: #a6ecc9; --pruned: #f0716b; --embargoed: #7a4a3f;
+  --resetting: #57524c; }} }}
 """
 
-_STYLE = """
-:root { color-scheme: light dark; --page: #fbfbf9; --card: #ffffff; --ink: #1b1c1a; --quiet: #62645f; --line: #dcdcd6;
-  --static: #7d7f79; --reference: #c2680d; --grown: #2468c8; --other: #8a4fb5; --good: #1a7f4b; --warn: #a86400;
-  --bad: #c6302b; --dormant: #ecece7; --germinated: #cdebd6; --training: #98d3ac; --blending: #5cb57f;
-  --holding: #2b8d5b; --fossilized: #0e5233; --pruned: #c6302b; --embargoed: #e6b9a8; --resetting: #cfc7bf; }
-@media screen and (prefers-color-scheme: dark) { :root { --page: #161715; --card: #1f201e; --ink: #ecece8;
-  --quiet: #a5a7a0; --line: #393b37; --static: #9a9c95; --reference: #e39a45; --grown: #6aa5f5; --other: #c08be8;
-  --good: #4cc38a; --warn: #e0a33a; --bad: #f0716b; --dormant: #2b2d2a; --germinated: #24473a; --training: #2c6a4e;
-  --blending: #379067; --holding: #56bd8b; --fossilized: #a6ecc9; --pruned: #f0716b; --embargoed: #7a4a3f;
-  --resetting: #57524c; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink);
-  font: 15px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
-main { max-width: 880px; margin: 0 auto; padding: 28px 20px 60px; }
-h1 { font-size: 26px; line-height: 1.2; margin: 0; } h2 { font-size: 18px; margin: 0 0 10px; }
-header p { margin: 4px 0 0; overflow-wrap: anywhere; } .quiet { color: var(--quiet); }
-section { margin-top: 34px; }
-.health { list-style: none; display: flex; flex-wrap: wrap; gap: 4px 22px; margin: 18px 0 0; padding: 10px 0;
-  border-block: 1px solid var(--line); font-size: 14px; }
-.sign { display: inline-block; width: 18px; font-weight: 700; } .sign.good { color: var(--good); }
-.sign.warn { color: var(--warn); } .sign.bad { color: var(--bad); }
-.verdict { font-size: 19px; line-height: 1.4; margin: 20px 0; padding-left: 14px; border-left: 4px solid var(--quiet); }
-.verdict.good { border-color: var(--good); } .verdict.bad { border-color: var(--bad); }
-.numbers { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 10px; margin: 0; }
-.numbers div { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 10px 12px; }
-.numbers dt { font-size: 13px; color: var(--quiet); } .numbers dd { margin: 0; font-size: 20px; font-weight: 600; }
-.numbers dd span { display: block; font-size: 12px; font-weight: 400; }
-table { border-collapse: collapse; width: 100%; font-size: 14px; }
-th { text-align: left; font-weight: 600; color: var(--quiet); font-size: 13px; }
-th, td { padding: 6px 10px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-th:last-child, td:last-child { padding-right: 2px; } .arm { white-space: nowrap; }
-th.n, td.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-tr:target td { background: color-mix(in srgb, var(--warn) 18%, transparent); }
-.scroll { overflow-x: auto; }
-figure { margin: 0 0 22px; } figcaption { font-weight: 600; font-size: 14px; margin-bottom: 4px; }
-.legend { display: flex; flex-wrap: wrap; gap: 2px 16px; font-size: 13px; margin: 0 0 12px; }
-.swatch { display: inline-block; width: 14px; height: 10px; border-radius: 2px; margin-right: 6px;
-  background: var(--c); }
-.key { display: inline-block; width: 10px; height: 10px; margin: 0 7px 0 2px; background: var(--bad); }
-.key.diamond { transform: rotate(45deg) scale(.85); }
-.key.triangle { background: var(--warn); clip-path: polygon(50% 0, 100% 100%, 0 100%); }
-details { border-top: 1px solid var(--line); } figure + details, .scroll + details { margin-top: 8px; }
-details[id] { background: var(--card); border: 1px solid var(--line); border-radius: 8px; margin-bottom: 10px;
-  padding: 0 14px; }
-details:target { border-color: var(--warn); }
-summary { cursor: pointer; padding: 8px 0; font-size: 14px; font-weight: 600; }
-pre { margin: 0 0 12px; padding: 12px; background: var(--card); border: 1px solid var(--line); border-radius: 8px;
-  overflow-x: auto; font: 13px/1.5 ui-monospace, "DejaVu Sans Mono", monospace; white-space: pre-wrap;
-  overflow-wrap: anywhere; }
-.command { user-select: all; }
-.story { display: flex; flex-wrap: wrap; gap: 8px 28px; padding-bottom: 8px; }
-.story dl { flex: 2 1 340px; } .story figure { flex: 1 1 260px; margin: 0; }
-.story figcaption { font-weight: 400; font-size: 13px; color: var(--quiet); }
-.facts { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px; margin: 0; font-size: 14px; }
-.facts dt { color: var(--quiet); } .facts dd { margin: 0; overflow-wrap: anywhere; }
-footer { margin-top: 34px; border-top: 1px solid var(--line); font-size: 13px; } footer p { margin: 6px 0 0; }
-svg { display: block; } svg a { cursor: pointer; }
-.chart { width: 100%; min-width: 600px; height: auto; } .sparkline { width: 260px; max-width: 100%; height: 56px; }
-.interval { width: 128px; height: 18px; margin-top: 2px; }
-text { font-size: 11.5px; fill: var(--ink); } .tick { fill: var(--quiet); font-variant-numeric: tabular-nums; }
-.right { text-anchor: end; } .middle { text-anchor: middle; } .name, .slot { font-size: 12px; font-weight: 600; }
-.birth { fill: var(--quiet); font-size: 11px; }
-path { fill: none; } .grid, .rail { stroke: var(--line); } .axis { stroke: var(--quiet); }
+_CHART_STYLE = """\
 .line { stroke: var(--c); stroke-linejoin: round; } .line.mean { stroke-width: 2.5; } .line.repeat { opacity: .38; }
 .line.lost { stroke-dasharray: 2 3; opacity: .8; } .leader { stroke: var(--c); stroke-dasharray: 1 3; }
 .dot { fill: var(--c); stroke: var(--page); stroke-width: 1.5; } .whisker { stroke: var(--c); stroke-width: 2.5; }
@@ -452,8 +325,6 @@ path { fill: none; } .grid, .rail { stroke: var(--line); } .axis { stroke: var(-
 .stage-holding { --c: var(--holding); }
 .stage-fossilized { --c: var(--fossilized); } .stage-pruned { --c: var(--pruned); }
 .stage-embargoed { --c: var(--embargoed); } .stage-resetting { --c: var(--resetting); }
-@media (max-width: 720px) { main { padding: 18px 12px 40px; } table { font-size: 12px; } th { font-size: 11.5px; }
-  th, td { padding-right: 6px; } .picture { display: none; } .verdict { font-size: 17px; } }
-@media print { body { font-size: 12px; } main { max-width: none; padding: 0; } .chart { min-width: 0; }
-  figure, .story, tr { break-inside: avoid; } .scroll { overflow: visible; } }
 """
+
+_STYLE = _COLOURS + BASE_STYLE + _CHART_STYLE + NARROW_AND_PRINT_STYLE

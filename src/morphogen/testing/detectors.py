@@ -44,7 +44,7 @@ class DetectorCase:
 
 
 def healthy_traces(num_steps: int = _NUM_STEPS, seed: int = 0) -> dict[str, Trace]:
-    """Return made-up healthy runs: falling and level losses of several scales and signs, with and without gradients."""
+    """Return made-up healthy runs: losses of several scales and signs, with and without gradients and signals."""
     chance = np.random.default_rng(seed)
     steps = np.arange(num_steps)
     fall = np.exp(-steps / (num_steps / 4))
@@ -61,8 +61,19 @@ def healthy_traces(num_steps: int = _NUM_STEPS, seed: int = 0) -> dict[str, Trac
         "constant": np.full(num_steps, 0.7),
     }
     norms = (0.2 + fall) * chance.lognormal(0.0, 0.3, num_steps)
-    traces = {name: _trace(values, norms) for name, values in losses.items()}
-    return {**traces, "without gradients": _trace(losses["falling"], None)}
+    signals = {
+        "update": 1e-3 * (0.2 + fall) * chance.lognormal(0.0, 0.1, num_steps),
+        "update_per_rate": (0.2 + fall) * chance.lognormal(0.0, 0.1, num_steps),
+        "buffer_change": 0.02 * chance.lognormal(0.0, 0.3, num_steps),
+        "dead_share": np.full(num_steps, 0.25),
+        "output_spread": (3.0 - 2.5 * fall) * chance.lognormal(0.0, 0.1, num_steps),
+        "prediction_entropy": 2.2 + 0.03 * chance.standard_normal(num_steps),
+        "label_entropy": 2.2 + 0.03 * chance.standard_normal(num_steps),
+        "weight_norm": 15.0 + 0.01 * steps,
+        "probe_loss": 0.1 + 2.2 * fall,
+    }
+    traces = {name: _trace(values, norms, signals) for name, values in losses.items()}
+    return {**traces, "without gradients": _trace(losses["falling"], None, {})}
 
 
 def check_detector(make_detector: Callable[[], Detector], traces: Mapping[str, Trace] | None = None) -> None:
@@ -154,9 +165,14 @@ DETECTOR_CHECKS: tuple[Callable[[DetectorCase], None], ...] = (
 """Every check of the suite; each takes a :class:`DetectorCase` and raises AssertionError."""
 
 
-def _trace(losses: Sequence[float] | np.ndarray, norms: Sequence[float] | np.ndarray | None) -> Trace:
+def _trace(losses: np.ndarray, norms: np.ndarray | None, signals: Mapping[str, np.ndarray]) -> Trace:
     return tuple(
-        Observation(step=step, loss=float(loss), grad_norm=None if norms is None else float(norms[step]))
+        Observation(
+            step=step,
+            loss=float(loss),
+            grad_norm=None if norms is None else float(norms[step]),
+            signals={name: float(values[step]) for name, values in signals.items()},
+        )
         for step, loss in enumerate(losses)
     )
 
@@ -174,8 +190,8 @@ def _show(detector: Detector, trace: Trace) -> list[Finding]:
 
 
 def _variants(observation: Observation, values: Sequence[float]) -> list[Observation]:
-    """``observation`` with loss, gradient norm or every metric replaced by each of ``values``."""
-    metrics = observation.metrics
+    """``observation`` with loss, gradient norm, one signal or every metric replaced by each of ``values``."""
+    metrics, signals = observation.metrics, observation.signals
     return [
         changed
         for value in values
@@ -183,6 +199,7 @@ def _variants(observation: Observation, values: Sequence[float]) -> list[Observa
             dataclasses.replace(observation, loss=value),
             dataclasses.replace(observation, grad_norm=abs(value)),
             dataclasses.replace(observation, metrics={name: value for name in metrics}),
+            *(dataclasses.replace(observation, signals={**signals, name: value}) for name in signals),
         )
     ]
 
