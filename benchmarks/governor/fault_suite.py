@@ -22,17 +22,17 @@ from morphogen.state import RandomStreams, Snapshot, reset_moments
 
 TASKS: dict[str, Task] = {
     "digits": Task(digits_run),
-    "imbalance": Task(imbalanced_run),
-    "sequence": Task(sequence_run, settle_steps=400),
-    "regression": Task(regression_run, excess=likelihood_excess),
+    "imbalance": Task(imbalanced_run, has_world=True),
+    "sequence": Task(sequence_run, settle_steps=400, has_world=True),
+    "regression": Task(regression_run, excess=likelihood_excess, has_world=True),
     "ppo": Task(ppo_run, settle_steps=1500),
     "mnist1d": Task(mnist1d_run, settle_steps=400, tuned=False),
 }
 AFTER_STEPS = 120
 LEAD_STEPS = 4
 """The snapshot is taken so long before the fault: sensors that compare with the step before have one to compare with."""
-TUNE_SEEDS, HELD_OUT_SEEDS = (0, 1), (2, 3, 4)
-HEALTHY_SEEDS = {"tune": (10, 11), "held_out": (12, 13)}
+TUNE_SEEDS, HELD_OUT_SEEDS = (0, 1), (5, 6, 7)
+HEALTHY_SEEDS = {"tune": (10, 11), "held_out": (14, 15)}
 
 
 @dataclasses.dataclass(frozen=True)

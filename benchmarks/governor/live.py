@@ -65,6 +65,11 @@ class LiveRun:
             self.train(end, faults, watch)
         return Governed.of(watch)
 
+    def lose_batch(self) -> None:
+        """Draw a batch and do not train on it."""
+        self.position += 1
+        self.run.draw()
+
     def metrics(self) -> dict[str, float]:
         """Return the loss on held-out data and the accuracy of a classifier."""
         found = {"loss": self.run.evaluate()}

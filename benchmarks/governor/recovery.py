@@ -6,7 +6,8 @@ loop clips, the gradient norm. The fault is drawn for each seed: its kind from a
 half of the run, its strength the default. It does not come back when a rewind brings its step back. All runs draw the same
 number of batches: skipped steps are lost, rewound ones are made again. A run is *within* if each metric is not worse than the
 95 % prediction interval of a single healthy run, mean +- t * deviation * sqrt(1 + 1/n); a run that collapsed is not. It is
-*damaged* if it is more than 10 % worse than its healthy twin, by the rule of ``detection.py``.
+*damaged* if it is more than 10 % worse than its healthy twin, by the rule of ``detection.py``. What chance alone does is shown
+by a control: the healthy run that loses one batch at the fault's step, and nothing else.
 
 Live false alarms: every kind of healthy run of ``healthy`` under a governor, next to its twin without one. A run in which no
 step was stopped must end with the same weights, bit for bit.
@@ -40,21 +41,23 @@ from morphogen.governor.faults import KINDS, Fault, Schedule
 from morphogen.state import RandomStreams
 
 RESULTS = Path(__file__).parents[1] / "results" / "governor_recovery.json"
-RUN_STEPS = {"sequence": 800, "ppo": 1600}
+RUN_STEPS = {"sequence": 600, "ppo": 1200}
 DEFAULT_STEPS = 1000
 FAULT_SEEDS, QUICK_FAULT_SEEDS = range(100, 120), range(100, 106)
-HEALTHY_SEEDS, QUICK_HEALTHY_SEEDS = range(20, 23), range(20, 21)
+HEALTHY_SEEDS, QUICK_HEALTHY_SEEDS = range(20, 22), range(20, 21)
 """Other runs than those of ``detection.py``."""
 LOWER_IS_BETTER = {"loss": True, "accuracy": False}
 DAMAGE = 0.1
-WAYS = ("healthy", "ungoverned", "governed")
+WORLD = 0
+"""One task for all seeds, so that runs differ by the chance of training alone."""
+WAYS = ("healthy", "control", "ungoverned", "governed")
 
 Metrics = dict[str, float]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One seed of one task: how it ended healthy, and with its fault without and with a governor."""
+    """One seed of one task: how it ended healthy, with a batch less, and with its fault without and with a governor."""
 
     task: str
     seed: int
@@ -67,10 +70,15 @@ class Trial:
         loss = self.ended[way]["loss"]
         return TASKS[self.task].excess(loss, self.ended["healthy"]["loss"]) if math.isfinite(loss) else math.inf
 
+    def is_damaged(self, way: str) -> bool:
+        """Whether it ended more than 10 % worse than the healthy twin."""
+        return not self.excess(way) <= DAMAGE
+
     def row(self) -> dict[str, Any]:
         """Return it for the results."""
         named = {"task": self.task, "seed": self.seed, "kind": self.fault.kind, "step": self.fault.step}
-        return named | self.ended | {"excess": self.excess("governed")} | self.governed.counts()
+        excess = {way: self.excess(way) for way in WAYS[1:]}
+        return named | self.ended | {"excess": excess} | self.governed.counts()
 
 
 # -- recovered accuracy ----------------------------------------------------------------------------------------------
@@ -104,18 +112,27 @@ def fitting_kinds(task: Task) -> list[str]:
 
 
 def _trial(name: str, seed: int, fault: Fault, total_steps: int) -> Trial:
-    live = LiveRun(TASKS[name].build(seed))
+    live = _build(name, seed)
     live.train(fault.step)
     before = live.run.state.capture()
     live.train(total_steps)
     ended = {"healthy": live.metrics()}
     live.run.state.restore(before)
+    live.lose_batch()
+    live.train(total_steps)
+    ended["control"] = live.metrics()
+    live.run.state.restore(before)
     live.train(total_steps, _schedule(fault, live, seed))
     ended["ungoverned"] = live.metrics()
-    live = LiveRun(TASKS[name].build(seed))
+    live = _build(name, seed)
     governed = live.train_governed(total_steps, _schedule(fault, live, seed))
     ended["governed"] = live.metrics()
     return Trial(name, seed, fault, ended, governed)
+
+
+def _build(name: str, seed: int) -> LiveRun:
+    task = TASKS[name]
+    return LiveRun(task.build(seed, world=WORLD) if task.has_world else task.build(seed))
 
 
 def _schedule(fault: Fault, live: LiveRun, seed: int) -> Schedule:
@@ -144,8 +161,8 @@ class Interval:
         return math.isfinite(value) and (value <= self.high if lower_is_better else value >= self.low)
 
 
-def judged(trials: Sequence[Trial]) -> tuple[dict[str, Any], list[Trial]]:
-    """Return what became of one task's runs, and the trials whose governed run fell short."""
+def judged(trials: Sequence[Trial]) -> tuple[dict[str, Any], list[Trial], list[Trial]]:
+    """Return what became of one task's runs, the trials whose governed run is not within, and the others that are damaged."""
     names = list(trials[0].ended["healthy"])
     intervals = {name: Interval.of([trial.ended["healthy"][name] for trial in trials]) for name in names}
 
@@ -162,18 +179,22 @@ def judged(trials: Sequence[Trial]) -> tuple[dict[str, Any], list[Trial]]:
         }
         for name in names
     }
-    short = [trial for trial in trials if not is_within(trial, "governed", names)]
+    outside = {trial.seed for trial in trials if not is_within(trial, "governed", names)}
     summary = {
         "runs": len(trials),
         "metrics": metrics,
         "within": {way: sum(is_within(trial, way, names) for trial in trials) for way in WAYS},
-        "damaged": {way: sum(not trial.excess(way) <= DAMAGE for trial in trials) for way in WAYS},
+        "damaged": {way: sum(trial.is_damaged(way) for trial in trials) for way in WAYS},
         "rewinds": sum(trial.governed.rewinds for trial in trials),
         "skipped_steps": sum(trial.governed.skipped_steps for trial in trials),
         "collapsed": sum(trial.governed.collapsed for trial in trials),
         "level_shifts": sum(trial.governed.level_shifts for trial in trials),
     }
-    return summary, short
+    return (
+        summary,
+        [trial for trial in trials if trial.seed in outside],
+        [trial for trial in trials if trial.seed not in outside and trial.is_damaged("governed")],
+    )
 
 
 def _median(values: Sequence[float], lower_is_better: bool) -> float:
@@ -187,32 +208,34 @@ def recovered_accuracy(seeds: Sequence[int], share: float, reports: Path | None)
     summaries: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     short: list[Trial] = []
+    damaged: list[Trial] = []
     for name in TASKS:
         started, steps = time.perf_counter(), round(share * RUN_STEPS.get(name, DEFAULT_STEPS))
         trials = trials_of(name, seeds, steps)
-        summaries[name], fell_short = judged(trials)
-        summaries[name]["steps"] = steps
-        short += fell_short
+        summary, outside, worse = judged(trials)
+        summaries[name] = {"steps": steps, **summary}
+        short += outside
+        damaged += worse
         rows += [trial.row() for trial in trials]
         print(f"{time.perf_counter() - started:6.0f} s  {name}: {len(trials)} faults", file=sys.stderr, flush=True)
-    damaged = [trial for trial in rows if not trial["excess"] <= DAMAGE]
     print(_recovery_table(summaries))
-    print(f"\ngoverned runs outside the interval of healthy ones: {len(short)} of {len(rows)}")
-    for trial in short:
-        print(_described(trial))
-        if reports is not None:
-            (reports / f"{trial.task}-{trial.seed}-{trial.fault.kind}.txt").write_text(trial.governed.report + "\n")
-    print(f"governed runs more than 10 % worse than their twin: {len(damaged)}")
-    for row in damaged:
-        print("  {task:11} seed {seed}  {kind:20} at step {step:4}  {excess:+.0%}".format(**row))
-    fell = [trial.row() | {"seen": trial.governed.seen} for trial in short]
-    return {"tasks": summaries, "short": fell, "runs": rows}
+    for title, those in {"outside the interval": short, "within it, but 10 % worse than the healthy twin": damaged}.items():
+        print(f"\ngoverned runs {title}: {len(those)} of {len(rows)}")
+        print("\n".join(_described(trial) for trial in those))
+    for trial in (*short, *damaged) if reports is not None else ():
+        (reports / f"{trial.task}-{trial.seed}-{trial.fault.kind}.txt").write_text(trial.governed.report + "\n")
+    told = {
+        name: [t.row() | {"seen": t.governed.seen} for t in those]
+        for name, those in {"short": short, "damaged": damaged}.items()
+    }
+    return {"tasks": summaries, **told, "runs": rows}
 
 
 def _described(trial: Trial) -> str:
     numbers = ", ".join(
-        f"{name} {trial.ended['governed'][name]:.4g} (healthy {trial.ended['healthy'][name]:.4g}, ungoverned "
-        f"{trial.ended['ungoverned'][name]:.4g})"
+        f"{name} {trial.ended['governed'][name]:.4g} ("
+        + ", ".join(f"{way} {trial.ended[way][name]:.4g}" for way in WAYS[:-1])
+        + ")"
         for name in trial.ended["healthy"]
     )
     told = trial.governed
@@ -222,18 +245,18 @@ def _described(trial: Trial) -> str:
 
 
 def _recovery_table(summaries: dict[str, Any]) -> str:
-    widths = (12, 9, 9, 20, 19, 10, 10, 11, 8, 9, 8)
-    heads = ("healthy", "95 % interval", "within: h / u / g", "median g", "u", "damaged u/g", "rewinds", "skipped", "steps")
-    lines = [_line(("task", "metric", *heads), widths)]
+    widths = (10, 8, 8, 18, 18, 9, 9, 11, 7, 7, 5)
+    heads = ("healthy", "95 % interval", "within h/c/u/g", "median u", "median g", "worse c/u/g", "rewinds", "skipped", "steps")
+    lines = ["h: healthy, c: control, u: ungoverned, g: governed", _line(("task", "metric", *heads), widths)]
     for name, summary in summaries.items():
         for metric, found in summary["metrics"].items():
             healthy, within, median = found["healthy"], found["within"], found["median"]
             sign = -1 if name == "ppo" else 1  # its loss is minus the mean return
             low, high = sorted((sign * healthy["low"], sign * healthy["high"]))
             cells = [name, "return" if name == "ppo" else metric, f"{sign * healthy['mean']:.4g}", f"{low:.4g} to {high:.4g}"]
-            cells += [f"{within['healthy']} / {within['ungoverned']} / {within['governed']} of {summary['runs']}"]
-            cells += [f"{sign * median['governed']:.4g}", f"{sign * median['ungoverned']:.4g}"]
-            cells += [f"{summary['damaged']['ungoverned']} / {summary['damaged']['governed']}"]
+            cells += ["/".join(str(within[way]) for way in WAYS) + f" of {summary['runs']}"]
+            cells += [f"{sign * median[way]:.4g}" for way in WAYS[2:]]
+            cells += ["/".join(str(summary["damaged"][way]) for way in WAYS[1:])]
             cells += [str(summary[key]) for key in ("rewinds", "skipped_steps", "steps")]
             lines.append(_line(cells, widths))
     return "\n".join(lines)

@@ -65,16 +65,18 @@ class Task:
     """A kind of run.
 
     Attributes:
-        build: Seed -> run.
+        build: Seed -> run. Tasks that are drawn take ``world=``, the seed of the task itself; by default the same.
+        has_world: Whether the task is drawn.
         settle_steps: Steps until it has settled; faults come then.
         excess: (eval loss, healthy twin's eval loss) -> by what share it is worse.
         tuned: Whether thresholds may look at it.
     """
 
-    build: Callable[[int], Run]
+    build: Callable[..., Run]
     settle_steps: int = 300
     excess: Callable[[float, float], float] = lambda loss, twin: (loss - twin) / abs(twin)
     tuned: bool = True
+    has_world: bool = False
 
 
 def likelihood_excess(loss: float, twin: float) -> float:
@@ -185,10 +187,12 @@ def digits_run(
 # -- imbalance -------------------------------------------------------------------------------------------------------
 
 
-def imbalanced_run(seed: int, *, batch_size: int = 64, shares: tuple[float, ...] = (0.9, 0.05, 0.05)) -> Run:
+def imbalanced_run(
+    seed: int, *, batch_size: int = 64, shares: tuple[float, ...] = (0.9, 0.05, 0.05), world: int | None = None
+) -> Run:
     """Return a classifier of overlapping clusters of very different size."""
-    world = RandomStreams(seed).torch("world")
-    centres = 0.6 * torch.randn(len(shares), 20, generator=world)
+    nature = RandomStreams(seed if world is None else world).torch("world")
+    centres = 0.6 * torch.randn(len(shares), 20, generator=nature)
     weights = torch.tensor(shares)
 
     def sample(size: int, generator: torch.Generator) -> Batch:
@@ -196,7 +200,7 @@ def imbalanced_run(seed: int, *, batch_size: int = 64, shares: tuple[float, ...]
         return centres[targets] + torch.randn(size, 20, generator=generator), targets
 
     net = functools.partial(mlp, (20, 64, 64, len(shares)))
-    return classify(seed, net, functools.partial(sample, batch_size), sample(1000, world), sgd(0.03))
+    return classify(seed, net, functools.partial(sample, batch_size), sample(1000, nature), sgd(0.03))
 
 
 # -- sequences -------------------------------------------------------------------------------------------------------
@@ -245,10 +249,10 @@ def warm_up_and_cosine(warm_up_steps: int, total_steps: int) -> Callable[[Optimi
     return lambda optimizer: LambdaLR(optimizer, factor)
 
 
-def chains(seed: int, count: int, generator: torch.Generator) -> Tensor:
+def chains(world: int, count: int) -> Tensor:
     """Return sequences, (count, LENGTH + 1), of a chain in which the last two symbols decide the odds of the next."""
-    world = RandomStreams(seed).torch("world")
-    odds = torch.softmax(2.0 * torch.randn(SYMBOLS, SYMBOLS, SYMBOLS, generator=world), dim=-1)
+    nature, generator = RandomStreams(world).torch("world"), RandomStreams(world).torch("sequences")
+    odds = torch.softmax(2.0 * torch.randn(SYMBOLS, SYMBOLS, SYMBOLS, generator=nature), dim=-1)
     made = [torch.randint(SYMBOLS, (count,), generator=generator) for _ in range(2)]
     while len(made) < LENGTH + 1:
         made.append(torch.multinomial(odds[made[-2], made[-1]], 1, generator=generator).squeeze(1))
@@ -261,9 +265,10 @@ def sequence_run(
     optimizer: Callable[[Any], Optimizer] | None = None,
     schedule: Callable[[Optimizer], Any] | None = None,
     batch_size: int = 16,
+    world: int | None = None,
 ) -> Run:
     """Return a small transformer that learns a second-order chain, warmed up and clipped."""
-    made = chains(seed, 2200, RandomStreams(seed).torch("sequences"))
+    made = chains(seed if world is None else world, 2200)
     inputs, targets = made[:, :-1].contiguous(), made[:, 1:].contiguous()
     return classify(
         seed, Transformer, rows(inputs[:2000], targets[:2000], batch_size), (inputs[2000:], targets[2000:]),
@@ -281,10 +286,12 @@ def nll(outputs: Tensor, targets: Tensor) -> Tensor:
     return 0.5 * (log_variance + (targets - outputs[:, 0]).square() * torch.exp(-log_variance)).mean()
 
 
-def regression_run(seed: int, *, loss: Callable[[Tensor, Tensor], Tensor] = nll, noise: float = 0.6) -> Run:
+def regression_run(
+    seed: int, *, loss: Callable[[Tensor, Tensor], Tensor] = nll, noise: float = 0.6, world: int | None = None
+) -> Run:
     """Return a regression of mean and variance, whose loss crosses zero; ``noise`` is the targets' mean deviation."""
-    world, data = RandomStreams(seed).torch("world"), RandomStreams(seed).torch("batches")
-    slopes = 0.5 * torch.randn(6, 3, generator=world)
+    nature, data = RandomStreams(seed if world is None else world).torch("world"), RandomStreams(seed).torch("batches")
+    slopes = 0.5 * torch.randn(6, 3, generator=nature)
 
     def sample(size: int, generator: torch.Generator) -> Batch:
         inputs = torch.randn(size, 6, generator=generator)
@@ -294,7 +301,7 @@ def regression_run(seed: int, *, loss: Callable[[Tensor, Tensor], Tensor] = nll,
 
     with draw_from(RandomStreams(seed).torch("net")):
         model = mlp((6, 96, 96, 2))
-    held_out = sample(1000, world)
+    held_out = sample(1000, nature)
     return Run(
         model, torch.optim.Adam(model.parameters(), 3e-3), lambda: sample(64, data), loss,
         lambda: evaluated(model, held_out, loss), {"data": data}, outputs_of=lambda outputs: outputs[:, :1],

@@ -181,4 +181,5 @@ def test_the_window_reaches_from_before_the_fault_to_an_alarm_window_after_it(po
 
 
 def test_there_is_no_window_before_a_fault() -> None:
+    assert not is_in_bad_window(dataclasses.replace(WATCH, position=WATCH.fault_position), GovernorConfig(skip_window_steps=0))
     assert not is_in_bad_window(WatchState(rewinds=3), GovernorConfig())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from morphogen.errors import StateMismatch
 from morphogen.governor import Action, Governor, GovernorConfig
 from morphogen.governor.detectors import NonFinite
 from morphogen.growth import GrowableModel, Stage
@@ -248,6 +250,72 @@ def test_a_governor_over_a_healthy_run_changes_no_result(kit: Any) -> None:
     watched.steps(60)
     free.steps(60)
     assert kit.differences(watched.contents(), free.contents()) == []
+
+
+class Odd(nn.Module):
+    """A small model with one tensor out of the ordinary."""
+
+    def __init__(self, **buffers: Tensor) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        for name, tensor in buffers.items():
+            self.register_buffer(name, tensor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+ODD: dict[str, Callable[[], Tensor]] = {
+    "integers": lambda: torch.arange(3),
+    "complex": lambda: torch.zeros(2, dtype=torch.complex64),
+    "bfloat16": lambda: torch.zeros(3, dtype=torch.bfloat16),
+    "quantized": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+    "empty": lambda: torch.zeros(0),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+def test_odd_buffers_are_rewound_with_the_rest(kit: Any, kind: str) -> None:
+    tensor = ODD[kind]()
+    model = Odd(odd=tensor.clone())
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    governor = Governor(TrainingState(model, optimizer), CONFIG)
+    before = model.layer.weight.clone()
+    model.layer.weight.data[0, 0] = math.nan
+    model(noise(8, 4)).square().mean().backward()
+    assert governor.observe(math.nan).rollback is not None
+    assert torch.equal(model.layer.weight, before)
+    after = model.odd.dequantize() if tensor.is_quantized else model.odd
+    assert torch.equal(after, tensor.dequantize() if tensor.is_quantized else tensor)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (lambda: nn.Linear(4, 4, device="meta"), "`weight` must hold data, got a tensor on the meta device"),
+        (lambda: nn.LazyLinear(4), "`weight` must hold data"),
+        (lambda: Odd(odd=torch.eye(3).to_sparse()), "`odd` must be dense, got a tensor of layout torch.sparse_coo"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Lazy modules:UserWarning")
+def test_what_cannot_be_rewound_is_refused(model: Any, said: str) -> None:
+    with pytest.raises(StateMismatch, match=said):
+        Governor(TrainingState(model()))
+
+
+def test_complex_weights_are_watched(kit: Any) -> None:
+    model = nn.Linear(4, 4, dtype=torch.complex64)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    governor = Governor(TrainingState(model, optimizer), CONFIG)
+    for number in range(3):
+        loss = model(torch.complex(noise(8, 4, seed=number), noise(8, 4, seed=9 + number))).abs().square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        assert governor.observe(loss).proceed
+        optimizer.step()
+    model.weight.grad[0, 0] = math.nan
+    assert governor.observe(loss).action is Action.SKIP
 
 
 def test_two_detectors_of_one_name_are_refused(kit: Any) -> None:

@@ -8,8 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 EXAMPLES = Path(__file__).parents[2] / "examples"
 # Lightning's own, as in pyproject.toml.
 LIGHTNINGS = [
@@ -43,7 +41,6 @@ def test_lightning(tmp_path: Path) -> None:
     assert faulty < 50 and healthy > 80 and governed > healthy - 5
 
 
-@pytest.mark.slow
 def test_huggingface(tmp_path: Path) -> None:
     shown = shown_by("huggingface_governor.py", tmp_path)
     assert "StepSkipped loss is nan" in shown and "Rollback" in shown
@@ -51,7 +48,6 @@ def test_huggingface(tmp_path: Path) -> None:
     assert faulty > 10 and governed < 1.1 * healthy < 2.5
 
 
-@pytest.mark.slow
 def test_stable_baselines3(tmp_path: Path) -> None:
     shown = shown_by("stable_baselines3_governor.py", tmp_path)
     assert "StepSkipped loss is nan" in shown and shown.count("Rollback") == 2

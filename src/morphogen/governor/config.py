@@ -69,7 +69,7 @@ class ExplosionConfig(HistoryConfig):
     loss_spike: float = Field(default=15.0, gt=0)
     loss_floor: float = Field(default=0.25, gt=0)
     witness: float = Field(default=1.25, ge=0)
-    lone_run_steps: int = Field(default=8, ge=1)
+    lone_run_steps: int = Field(default=12, ge=1)
     log_norm_spike: float = Field(default=3.0, gt=0)
     log_norm_sustained: float = Field(default=2.0, gt=0)
     log_norm_floor: float = Field(default=0.6, gt=0)
@@ -154,7 +154,7 @@ class GovernorConfig(Config):
             not help, up to the whole window.
         alarm_window_steps: See ``patience``.
         skip_window_steps: Batches before a fault that are passed over when it came back after a rewind; see
-            :func:`~morphogen.governor.verdicts.is_in_bad_window`.
+            :func:`~morphogen.governor.verdicts.is_in_bad_window`. 0 for none, where the data comes in another order then.
         max_rewinds: Rewinds without getting past the fault in between, after which training has collapsed.
         optimizer: What a rewind does to moments, for all or by owner (a parameter group, as named by
             ``TrainingState.learning_rates``); see :func:`~morphogen.governor.recovery.put_back`.

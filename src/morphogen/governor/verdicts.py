@@ -157,7 +157,7 @@ def is_in_bad_window(state: WatchState, config: GovernorConfig) -> bool:
     Where a rewind takes the data back too, the same batches come again. The first rewind trains on them, as the fault may have
     had nothing to do with them; from the second on they are passed over, from ``skip_window_steps`` before the fault on.
     """
-    if state.rewinds < 2 or state.fault_position < 0:
+    if state.rewinds < 2 or state.fault_position < 0 or not config.skip_window_steps:
         return False
     first = state.fault_position - config.skip_window_steps
     last = state.fault_position + config.alarm_window_steps

@@ -189,19 +189,22 @@ class ArmRun:
         """Take one step; False if the governor rewound the run, and with it the cursor."""
         with self._faults_at_work() as faults:
             inputs, targets = self._batch()
-            loss = self._flops.run(("train", self._structure()), lambda: self._backward(inputs, faults.labels(targets)))
-            verdict = self.governor.observe(loss, grad_norm=self._host_gradient_norm(), step=self.cursor.step)
+            labels = faults.labels(targets)
+            loss, logits = self._flops.run(("train", self._structure()), lambda: self._backward(inputs, labels))
+            norm, step = self._host_gradient_norm(), self.cursor.step
+            verdict = self.governor.observe(loss, grad_norm=norm, logits=logits, labels=labels, step=step)
             if verdict.proceed:
                 self.built.optimizer.step()
                 self._scheduler.step()
                 self._last_loss = loss  # read once a tick: reading it here would wait for the device in every step
         return verdict.rollback is None
 
-    def _backward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def _backward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         self.built.optimizer.zero_grad()
-        loss = self.task.loss(self.model(inputs), targets)
+        outputs = self.model(inputs)
+        loss = self.task.loss(outputs, targets)
         loss.backward()  # pyright: ignore[reportUnknownMemberType]
-        return loss.detach()
+        return loss.detach(), outputs.detach()
 
     def _host_gradient_norm(self) -> Tensor:
         """Return the norm of the host's gradients alone: seeds come and go, and an incubating one is not the host's fault."""

@@ -41,7 +41,7 @@ class GrowConfig(Config):
         checkpoint_every_ticks: Decisions between checkpoints.
         newborn: Optimisation of newborn seeds.
         growth: Slots and gates.
-        governor: Detection and recovery.
+        governor: Detection and recovery. No batches are passed over: after a rewind they come in another order.
     """
 
     task: str = "mnist1d"
@@ -55,4 +55,4 @@ class GrowConfig(Config):
     checkpoint_every_ticks: int = Field(default=10, ge=1)
     newborn: NewbornConfig = NewbornConfig()
     growth: GrowthConfig = GrowthConfig()
-    governor: GovernorConfig = GovernorConfig()
+    governor: GovernorConfig = GovernorConfig(skip_window_steps=0)

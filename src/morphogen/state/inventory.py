@@ -65,7 +65,7 @@ def module_tensors(module: nn.Module) -> ModuleTensors:
                 aliases |= {alias: first for alias, known in aliases.items() if known == other} | {other: first}
     tensors = {names[id(tensor)]: tensor for tensor in found}
     for name, tensor in tensors.items():
-        if nn.parameter.is_lazy(tensor) or tensor.is_meta or 0 in tensor.stride():
+        if nn.parameter.is_lazy(tensor) or tensor.is_meta or tensor.layout is not torch.strided or 0 in tensor.stride():
             _refuse_unusable(name, tensor)
     return ModuleTensors(tensors, aliases, modules)
 
@@ -76,6 +76,8 @@ def _refuse_unusable(name: str, tensor: Tensor) -> None:
             f"`{name}` must hold data, got a tensor on the meta device or of a lazy module. "
             "Materialise the model (one forward pass, or `to_empty`) before making it part of a run."
         )
+    if tensor.layout is not torch.strided:
+        raise StateMismatch(f"`{name}` must be dense, got a tensor of layout {tensor.layout}. Store `tensor.to_dense()`.")
     if any(size > 1 and step == 0 for size, step in zip(tensor.shape, tensor.stride(), strict=True)):
         raise StateMismatch(
             f"`{name}` must own each of its {tensor.numel()} values to be written back, got a tensor made by "
