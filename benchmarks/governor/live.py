@@ -9,12 +9,12 @@ from collections import Counter
 import torch
 from tasks import Run
 from torch import Tensor
-from training import Watch, train_step
+from training import NOTHING, Faults, Watch, train_step
 
 from morphogen.errors import TrainingCollapsed
 from morphogen.governor import Governor
 from morphogen.governor.events import Collapsed, LevelShiftAccepted, Rollback, StepSkipped, Warned
-from morphogen.governor.faults import Schedule
+from morphogen.governor.faults import Injections, Schedule
 from morphogen.telemetry.events import Event
 
 MAX_SEEN = 12
@@ -40,6 +40,16 @@ class Watched:
         return verdict.proceed
 
 
+class Passing:
+    """A schedule that is over with the first rewind."""
+
+    def __init__(self, schedule: Schedule, governor: Governor) -> None:
+        self._schedule, self._governor = schedule, governor
+
+    def at(self, step: int) -> contextlib.AbstractContextManager[Injections]:
+        return contextlib.nullcontext(NOTHING) if self._governor.rollbacks else self._schedule.at(step)
+
+
 class LiveRun:
     """A run and its position, the number of batches drawn: a part of the state, so that a rewind takes it back, too.
 
@@ -52,17 +62,20 @@ class LiveRun:
         self.position = torch.zeros((), dtype=torch.int64)
         run.extras["position"] = self.position
 
-    def train(self, end: int, faults: Schedule | None = None, watch: Watch | None = None) -> None:
+    def train(self, end: int, faults: Faults | None = None, watch: Watch | None = None) -> None:
         """Train up to position ``end``."""
         while (step := int(self.position)) < end:
             self.position += 1
             train_step(self.run, watch or Nobody(), step, faults)
 
-    def train_governed(self, end: int, faults: Schedule | None = None) -> Governed:
-        """Train up to position ``end``, or until training collapsed, under a governor."""
+    def train_governed(self, end: int, faults: Schedule | None = None, *, passing: bool = False) -> Governed:
+        """Train up to position ``end``, or until training collapsed, under a governor.
+
+        A rewind ends a ``passing`` fault. Else it goes on in those of its steps that the run has not met yet.
+        """
         watch = Watched(self.run)
         with contextlib.suppress(TrainingCollapsed):  # it is among the events
-            self.train(end, faults, watch)
+            self.train(end, Passing(faults, watch.governor) if faults and passing else faults, watch)
         return Governed.of(watch)
 
     def lose_batch(self) -> None:

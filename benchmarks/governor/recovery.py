@@ -3,7 +3,8 @@
 Recovered accuracy: each task of ``fault_suite`` is trained for a fixed number of batches, once as it is, once with a fault,
 and once with the same fault under a ``Governor`` with the default config, that is shown loss, outputs, labels and, where the
 loop clips, the gradient norm. The fault is drawn for each seed: its kind from all that fit the task, its step from the middle
-half of the run, its strength the default. It does not come back when a rewind brings its step back. All runs draw the same
+half of the run, its strength the default. A step that a rewind brings back is not hit again. A fault of many steps goes on in
+those it has not hit yet ("governed"), or it passes with the first rewind ("passing"): both are tried. All runs draw the same
 number of batches: skipped steps are lost, rewound ones are made again. A run is *within* if each metric is not worse than the
 95 % prediction interval of a single healthy run, mean +- t * deviation * sqrt(1 + 1/n); a run that collapsed is not. It is
 *damaged* if it is more than 10 % worse than its healthy twin, by the rule of ``detection.py``. What chance alone does is shown
@@ -41,16 +42,18 @@ from morphogen.governor.faults import KINDS, Fault, Schedule
 from morphogen.state import RandomStreams
 
 RESULTS = Path(__file__).parents[1] / "results" / "governor_recovery.json"
-RUN_STEPS = {"sequence": 600, "ppo": 1200}
+RUN_STEPS = {"sequence": 500}
 DEFAULT_STEPS = 1000
 FAULT_SEEDS, QUICK_FAULT_SEEDS = range(100, 120), range(100, 106)
 HEALTHY_SEEDS, QUICK_HEALTHY_SEEDS = range(20, 22), range(20, 21)
 """Other runs than those of ``detection.py``."""
 LOWER_IS_BETTER = {"loss": True, "accuracy": False}
 DAMAGE = 0.1
+BRIEF_STEPS = 5
+"""Faults are at work for so many steps at most, or for 30 and more."""
 WORLD = 0
 """One task for all seeds, so that runs differ by the chance of training alone."""
-WAYS = ("healthy", "control", "ungoverned", "governed")
+WAYS = ("healthy", "control", "ungoverned", "governed", "passing")
 
 Metrics = dict[str, float]
 
@@ -63,7 +66,7 @@ class Trial:
     seed: int
     fault: Fault
     ended: dict[str, Metrics]
-    governed: Governed
+    told: dict[str, Governed]
 
     def excess(self, way: str) -> float:
         """By what share the loss is worse than the healthy twin's."""
@@ -77,8 +80,9 @@ class Trial:
     def row(self) -> dict[str, Any]:
         """Return it for the results."""
         named = {"task": self.task, "seed": self.seed, "kind": self.fault.kind, "step": self.fault.step}
+        named["lasted_steps"] = self.fault.duration_steps
         excess = {way: self.excess(way) for way in WAYS[1:]}
-        return named | self.ended | {"excess": excess} | self.governed.counts()
+        return named | self.ended | {"excess": excess, "told": {way: told.counts() for way, told in self.told.items()}}
 
 
 # -- recovered accuracy ----------------------------------------------------------------------------------------------
@@ -124,10 +128,15 @@ def _trial(name: str, seed: int, fault: Fault, total_steps: int) -> Trial:
     live.run.state.restore(before)
     live.train(total_steps, _schedule(fault, live, seed))
     ended["ungoverned"] = live.metrics()
-    live = _build(name, seed)
-    governed = live.train_governed(total_steps, _schedule(fault, live, seed))
-    ended["governed"] = live.metrics()
-    return Trial(name, seed, fault, ended, governed)
+    told: dict[str, Governed] = {}
+    for way in ("governed", "passing"):
+        if told and (fault.duration_steps == 1 or not told["governed"].rewinds):  # the same again
+            told[way], ended[way] = told["governed"], ended["governed"]
+            continue
+        live = _build(name, seed)
+        told[way] = live.train_governed(total_steps, _schedule(fault, live, seed), passing=way == "passing")
+        ended[way] = live.metrics()
+    return Trial(name, seed, fault, ended, told)
 
 
 def _build(name: str, seed: int) -> LiveRun:
@@ -161,13 +170,13 @@ class Interval:
         return math.isfinite(value) and (value <= self.high if lower_is_better else value >= self.low)
 
 
-def judged(trials: Sequence[Trial]) -> tuple[dict[str, Any], list[Trial], list[Trial]]:
-    """Return what became of one task's runs, the trials whose governed run is not within, and the others that are damaged."""
+def judged(trials: Sequence[Trial]) -> tuple[dict[str, Any], list[dict[str, bool]]]:
+    """Return what became of one task's runs, and for each trial which of its runs are within."""
     names = list(trials[0].ended["healthy"])
     intervals = {name: Interval.of([trial.ended["healthy"][name] for trial in trials]) for name in names}
 
     def is_within(trial: Trial, way: str, among: Iterable[str]) -> bool:
-        if way == "governed" and trial.governed.collapsed:
+        if way in trial.told and trial.told[way].collapsed:
             return False
         return all(intervals[name].contains(trial.ended[way][name], LOWER_IS_BETTER[name]) for name in among)
 
@@ -179,22 +188,22 @@ def judged(trials: Sequence[Trial]) -> tuple[dict[str, Any], list[Trial], list[T
         }
         for name in names
     }
-    outside = {trial.seed for trial in trials if not is_within(trial, "governed", names)}
-    summary = {
-        "runs": len(trials),
-        "metrics": metrics,
-        "within": {way: sum(is_within(trial, way, names) for trial in trials) for way in WAYS},
-        "damaged": {way: sum(trial.is_damaged(way) for trial in trials) for way in WAYS},
-        "rewinds": sum(trial.governed.rewinds for trial in trials),
-        "skipped_steps": sum(trial.governed.skipped_steps for trial in trials),
-        "collapsed": sum(trial.governed.collapsed for trial in trials),
-        "level_shifts": sum(trial.governed.level_shifts for trial in trials),
+    within = [{way: is_within(trial, way, names) for way in WAYS} for trial in trials]
+    return {"metrics": metrics, **counted(list(zip(trials, within, strict=True)))}, within
+
+
+def counted(those: Sequence[tuple[Trial, dict[str, bool]]]) -> dict[str, Any]:
+    """Return how many of some runs are within, damaged and so on."""
+    totals = {
+        name: {way: sum(trial.told[way].counts()[name] for trial, _ in those) for way in WAYS[3:]}
+        for name in ("rewinds", "skipped_steps", "collapsed", "level_shifts")
     }
-    return (
-        summary,
-        [trial for trial in trials if trial.seed in outside],
-        [trial for trial in trials if trial.seed not in outside and trial.is_damaged("governed")],
-    )
+    return {
+        "runs": len(those),
+        "within": {way: sum(within[way] for _, within in those) for way in WAYS},
+        "damaged": {way: sum(trial.is_damaged(way) for trial, _ in those) for way in WAYS},
+        **totals,
+    }
 
 
 def _median(values: Sequence[float], lower_is_better: bool) -> float:
@@ -204,60 +213,93 @@ def _median(values: Sequence[float], lower_is_better: bool) -> float:
 
 
 def recovered_accuracy(seeds: Sequence[int], share: float, reports: Path | None) -> dict[str, Any]:
-    """Run all tasks for ``share`` of their length, print a table, and return everything."""
-    summaries: dict[str, Any] = {}
-    rows: list[dict[str, Any]] = []
-    short: list[Trial] = []
-    damaged: list[Trial] = []
+    """Run all tasks for ``share`` of their length, print tables, and return everything."""
+    tasks: dict[str, Any] = {}
+    found: list[tuple[Trial, dict[str, bool]]] = []
     for name in TASKS:
         started, steps = time.perf_counter(), round(share * RUN_STEPS.get(name, DEFAULT_STEPS))
         trials = trials_of(name, seeds, steps)
-        summary, outside, worse = judged(trials)
-        summaries[name] = {"steps": steps, **summary}
-        short += outside
-        damaged += worse
-        rows += [trial.row() for trial in trials]
+        summary, within = judged(trials)
+        tasks[name] = {"steps": steps, **summary}
+        found += zip(trials, within, strict=True)
         print(f"{time.perf_counter() - started:6.0f} s  {name}: {len(trials)} faults", file=sys.stderr, flush=True)
-    print(_recovery_table(summaries))
+    brief = [(trial, within) for trial, within in found if trial.fault.duration_steps <= BRIEF_STEPS]
+    lasting = [(trial, within) for trial, within in found if trial.fault.duration_steps > BRIEF_STEPS]
+    durations = {"brief": counted(brief), "lasting": counted(lasting), "all": counted(found)}
+    print(_recovery_table(tasks) + "\n\n" + _durations_table(durations))
+    short = [trial for trial, within in found if not within["governed"]]
+    damaged = [trial for trial, within in found if within["governed"] and trial.is_damaged("governed")]
     for title, those in {"outside the interval": short, "within it, but 10 % worse than the healthy twin": damaged}.items():
-        print(f"\ngoverned runs {title}: {len(those)} of {len(rows)}")
+        print(f"\ngoverned runs {title}: {len(those)} of {len(found)}")
         print("\n".join(_described(trial) for trial in those))
     for trial in (*short, *damaged) if reports is not None else ():
-        (reports / f"{trial.task}-{trial.seed}-{trial.fault.kind}.txt").write_text(trial.governed.report + "\n")
-    told = {
-        name: [t.row() | {"seen": t.governed.seen} for t in those]
-        for name, those in {"short": short, "damaged": damaged}.items()
-    }
-    return {"tasks": summaries, **told, "runs": rows}
+        (reports / f"{trial.task}-{trial.seed}-{trial.fault.kind}.txt").write_text(trial.told["governed"].report + "\n")
+    rows = [trial.row() | {"within": within} for trial, within in found]
+    seen = {f"{t.task} seed {t.seed} {t.fault}": t.told["governed"].seen for t in (*short, *damaged)}
+    return {"tasks": tasks, "durations": durations, "seen_in_runs_that_fell_short": seen, "runs": rows}
+
+
+def _slashed(counts: dict[str, int], ways: Sequence[str] = WAYS) -> str:
+    return "/".join(str(counts[way]) for way in ways if way in counts)
+
+
+def _durations_table(durations: dict[str, Any]) -> str:
+    lines = [
+        f"brief: faults of up to {BRIEF_STEPS} steps, lasting: of 30 and more",
+        f"{'':8}{'runs':>6}{'within h/c/u/g/p':>20}"
+        f"{'worse c/u/g/p':>16}{'rewinds':>10}{'skipped':>12}{'collapsed':>11}{'level shifts':>14}",
+    ]
+    for name, summary in durations.items():
+        within, worse = _slashed(summary["within"]), _slashed(summary["damaged"], WAYS[1:])
+        counts = "".join(
+            f"{_slashed(summary[key]):>{width}}"
+            for key, width in (("rewinds", 10), ("skipped_steps", 12), ("collapsed", 11), ("level_shifts", 14))
+        )
+        lines.append(f"{name:>8}{summary['runs']:>6}{within:>20}{worse:>16}{counts}")
+    return "\n".join(lines)
 
 
 def _described(trial: Trial) -> str:
     numbers = ", ".join(
         f"{name} {trial.ended['governed'][name]:.4g} ("
-        + ", ".join(f"{way} {trial.ended[way][name]:.4g}" for way in WAYS[:-1])
+        + ", ".join(f"{way} {trial.ended[way][name]:.4g}" for way in WAYS if way != "governed")
         + ")"
         for name in trial.ended["healthy"]
     )
-    told = trial.governed
+    told = trial.told["governed"]
     counts = f"{told.rewinds} rewinds, {told.skipped_steps} skipped" + (", collapsed" if told.collapsed else "")
     head = f"  {trial.task:11} seed {trial.seed}  {trial.fault.kind} at step {trial.fault.step}: {numbers}; {counts}"
     return "\n".join((head, *(f"      {line}" for line in told.seen)))
 
 
 def _recovery_table(summaries: dict[str, Any]) -> str:
-    widths = (10, 8, 8, 18, 18, 9, 9, 11, 7, 7, 5)
-    heads = ("healthy", "95 % interval", "within h/c/u/g", "median u", "median g", "worse c/u/g", "rewinds", "skipped", "steps")
-    lines = ["h: healthy, c: control, u: ungoverned, g: governed", _line(("task", "metric", *heads), widths)]
+    widths = (10, 8, 7, 18, 20, 8, 8, 8, 13, 7, 9, 5)
+    heads = (
+        "healthy",
+        "95 % interval",
+        "within h/c/u/g/p",
+        "median u",
+        "g",
+        "p",
+        "worse c/u/g/p",
+        "rewinds",
+        "skipped",
+        "steps",
+    )
+    lines = [
+        "h: healthy, c: control, u: ungoverned, g: governed, p: governed, passing faults",
+        _line(("task", "metric", *heads), widths),
+    ]
     for name, summary in summaries.items():
         for metric, found in summary["metrics"].items():
             healthy, within, median = found["healthy"], found["within"], found["median"]
             sign = -1 if name == "ppo" else 1  # its loss is minus the mean return
             low, high = sorted((sign * healthy["low"], sign * healthy["high"]))
             cells = [name, "return" if name == "ppo" else metric, f"{sign * healthy['mean']:.4g}", f"{low:.4g} to {high:.4g}"]
-            cells += ["/".join(str(within[way]) for way in WAYS) + f" of {summary['runs']}"]
+            cells += [f"{_slashed(within)} of {summary['runs']}"]
             cells += [f"{sign * median[way]:.4g}" for way in WAYS[2:]]
-            cells += ["/".join(str(summary["damaged"][way]) for way in WAYS[1:])]
-            cells += [str(summary[key]) for key in ("rewinds", "skipped_steps", "steps")]
+            cells += [_slashed(summary["damaged"], WAYS[1:])]
+            cells += [_slashed(summary["rewinds"]), _slashed(summary["skipped_steps"]), str(summary["steps"])]
             lines.append(_line(cells, widths))
     return "\n".join(lines)
 
@@ -335,7 +377,9 @@ def alarm_summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     """Run both sections, print the tables, write the results."""
     parser = argparse.ArgumentParser(description="What a governor saves of faulty runs, and what it costs healthy ones.")
-    parser.add_argument("--quick", action="store_true", help="six faults a task in runs of half the length, about two minutes")
+    parser.add_argument(
+        "--quick", action="store_true", help="six faults a task in runs of half the length, about three minutes"
+    )
     parser.add_argument("--only", choices=("fault", "healthy"), help="one section alone")
     parser.add_argument("--reports", type=Path, help="where the governor's report of each run that fell short goes")
     parser.add_argument("--json", type=Path, default=RESULTS, help="where the results go (default benchmarks/results/)")

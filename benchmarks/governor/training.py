@@ -9,7 +9,7 @@ import torch
 from tasks import Batch, Run
 from torch import Tensor
 
-from morphogen.governor.faults import Injections, Schedule
+from morphogen.governor.faults import Injections
 
 NOTHING = Injections(())
 
@@ -22,13 +22,19 @@ class Watch(Protocol):
         ...
 
 
-def train(run: Run, watch: Watch, steps: range, faults: Schedule | None = None) -> None:
+class Faults(Protocol):
+    """What puts faults into steps, as ``Schedule`` does."""
+
+    def at(self, step: int) -> contextlib.AbstractContextManager[Injections]: ...
+
+
+def train(run: Run, watch: Watch, steps: range, faults: Faults | None = None) -> None:
     """Train for the given steps."""
     for step in steps:
         train_step(run, watch, step, faults)
 
 
-def train_step(run: Run, watch: Watch, step: int, faults: Schedule | None = None) -> None:
+def train_step(run: Run, watch: Watch, step: int, faults: Faults | None = None) -> None:
     """Draw a batch and train on it, with the faults due at ``step``."""
     batch = run.draw()  # outside the fault: reinforcement learning collects experience here
     with faults.at(step) if faults else contextlib.nullcontext(NOTHING) as injected:

@@ -40,15 +40,12 @@ class HistoryConfig(Config):
                 f"`min_steps` must be above `lag_steps` = {self.lag_steps} and at most `window_steps` + `lag_steps` = "
                 f"{self.window_steps + self.lag_steps}, got {self.min_steps}. Else nothing is ever judged."
             )
-        if self._longest_run_steps() > self.lag_steps:
+        if self.run_steps > self.lag_steps:
             raise ValueError(
-                f"`run_steps` must be at most `lag_steps` = {self.lag_steps}, got {self._longest_run_steps()}. Else the run "
-                "sets the limit it is judged by."
+                f"`run_steps` must be at most `lag_steps` = {self.lag_steps}, got {self.run_steps}. Else the run sets the "
+                "limit it is judged by."
             )
         return self
-
-    def _longest_run_steps(self) -> int:
-        return self.run_steps
 
 
 class ExplosionConfig(HistoryConfig):
@@ -60,7 +57,8 @@ class ExplosionConfig(HistoryConfig):
         loss_spike: The limit for a single loss, in spreads above the median.
         loss_floor: Least spread of the loss, as a share of its median's size.
         witness: How high the logarithm of the gradient norm must be in a run of high losses, in spreads above its median.
-        lone_run_steps: Length of a run of high losses that is an explosion whatever the gradient norm.
+        lone_run_steps: Length of a run of high losses that is an explosion whatever the gradient norm; of ``lag_steps`` where
+            that is less, as later ones set the limit.
         log_norm_spike: The limit for a single logarithm of the gradient norm.
         log_norm_sustained: The limit for a run of them, in place of ``sustained``.
         log_norm_floor: Least spread of that logarithm.
@@ -73,9 +71,6 @@ class ExplosionConfig(HistoryConfig):
     log_norm_spike: float = Field(default=3.0, gt=0)
     log_norm_sustained: float = Field(default=2.0, gt=0)
     log_norm_floor: float = Field(default=0.6, gt=0)
-
-    def _longest_run_steps(self) -> int:
-        return max(self.run_steps, self.lone_run_steps)
 
 
 class LevelConfig(HistoryConfig):

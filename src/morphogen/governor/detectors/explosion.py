@@ -24,7 +24,7 @@ class Explosion(LevelDetector):
             relative_floor=config.loss_floor,
             witness="log_norm",
             witness_factor=config.witness,
-            lone_run_steps=config.lone_run_steps,
+            lone_run_steps=min(config.lone_run_steps, config.lag_steps),
         )
         log_norm = Rule(
             "gradient norm",
