@@ -321,9 +321,8 @@ def healthy_runs(seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
             governed = live.train_governed(kind.steps)
             same = _same_weights(twin, live)
             alarms = governed.alarm_steps
-            early = sum(step < kind.shift_step for step in alarms) if kind.shift_step else len(alarms)
             named = {"kind": name, "seed": seed, "steps": kind.steps, "shift_step": kind.shift_step}
-            told = {"alarms": len(alarms), "alarms_before_shift": early, **governed.counts(), "identical": same}
+            told = {"alarms": len(alarms), **governed.counts(), "identical": same}
             yield named | told | {"governed": live.metrics(), "twin": twin.metrics(), "seen": governed.seen}
         print(f"{time.perf_counter() - started:6.0f} s  {name}: {len(seeds)} healthy runs", file=sys.stderr, flush=True)
 
@@ -356,10 +355,7 @@ def false_alarms(seeds: Sequence[int]) -> dict[str, Any]:
 def alarm_summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return counts over some runs."""
     untouched = [row for row in rows if not row["alarms"]]
-    totals = {
-        key: sum(row[key] for row in rows)
-        for key in ("steps", "observations", "alarms", "alarms_before_shift", "skipped_steps", "rewinds")
-    }
+    totals = {key: sum(row[key] for row in rows) for key in ("steps", "observations", "alarms", "skipped_steps", "rewinds")}
     return totals | {
         "runs": len(rows),
         "alarms_per_1000_steps": 1000 * totals["alarms"] / totals["observations"],

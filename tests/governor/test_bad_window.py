@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from morphogen.governor import Action, Governor, GovernorConfig, Rollback, StepSkipped
+from morphogen.governor import Action, Governor, GovernorConfig, LevelShiftAccepted, Rollback, StepSkipped
 from morphogen.governor.verdicts import WatchState, is_in_bad_window
 from morphogen.state import TrainingState
 
@@ -183,3 +183,27 @@ def test_the_window_reaches_from_before_the_fault_to_an_alarm_window_after_it(po
 def test_there_is_no_window_before_a_fault() -> None:
     assert not is_in_bad_window(dataclasses.replace(WATCH, position=WATCH.fault_position), GovernorConfig(skip_window_steps=0))
     assert not is_in_bad_window(WatchState(rewinds=3), GovernorConfig())
+
+
+def test_damage_that_goes_on_while_no_step_is_taken_is_not_taken_for_the_data(kit: Any) -> None:
+    """Weights are damaged at forty positions, whatever is trained on there; each position does so once."""
+    loop = kit.Loop(GovernorConfig(), seed=3)
+    hit: set[int] = set()
+    position, noise = torch.zeros((), dtype=torch.int64), torch.Generator().manual_seed(1)
+    loop.state = TrainingState(loop.model, loop.optimizer, loop.scheduler, extras={"data": loop.data, "position": position})
+    loop.governor = Governor(loop.state, GovernorConfig(), emit=loop.events.append)
+    while int(position) < 400:
+        here = int(position)
+        if 200 <= here < 240 and here not in hit:
+            hit.add(here)
+            with torch.no_grad():
+                for parameter in loop.model.parameters():
+                    parameter.add_(parameter.std() * torch.randn(parameter.shape, generator=noise))
+        position.add_(1)
+        loop.step()
+    assert not any(isinstance(event, LevelShiftAccepted) for event in loop.events)
+    assert 2 <= loop.governor.rollbacks <= 4
+    usual = kit.Loop(GovernorConfig(), seed=3)
+    usual.steps(400)
+    sizes = [sum(float(p.detach().square().sum()) for p in run.model.parameters()) ** 0.5 for run in (loop, usual)]
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.25), "the damage is undone"

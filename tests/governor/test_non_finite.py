@@ -91,7 +91,7 @@ def test_nan_for_ever_ends_in_a_collapse_with_a_report(kit: Any) -> None:
     with pytest.raises(TrainingCollapsed, match="training collapsed: loss is nan") as caught:
         loop.steps(100, loss=kit.nan)
     assert [rollback.count for rollback in loop.rollbacks] == [1, 2, 3]
-    at_most = (3 + 4 + 5 + 6) + 2 * (config.skip_window_steps + config.alarm_window_steps)
+    at_most = (3 + 4 + 5 + 6) + 2 * (4 * config.skip_window_steps + config.alarm_window_steps)
     assert len(loop.verdicts) < 10 + at_most, "one more alarm is asked for after each rewind, and bad windows are passed over"
     report = str(caught.value)
     assert "3 rewinds" in report and "non_finite: loss is nan" in report and "Lower the learning rate" in report

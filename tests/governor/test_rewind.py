@@ -170,7 +170,7 @@ def test_a_fault_that_comes_back_after_a_level_shift_was_accepted_is_not_forgive
     with pytest.raises(TrainingCollapsed):
         for _ in range(60):
             loop.steps(100)
-            loop.steps_until("rewind", 40, loss=kit.nan)
+            loop.steps_until("rewind", 100, loss=kit.nan)
     assert len(loop.rollbacks) == config.max_rewinds
     assert not any(isinstance(event, LevelShiftAccepted) for event in loop.events)
 

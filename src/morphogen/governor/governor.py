@@ -19,6 +19,13 @@ from morphogen.governor.config import GovernorConfig
 from morphogen.governor.consensus import Consensus
 from morphogen.governor.detectors import Detector, standard_detectors
 from morphogen.governor.events import Collapsed, LevelShiftAccepted, PartQuarantined, Rollback, StepSkipped, Warned
+from morphogen.governor.evidence import (
+    damaged_in_window,
+    damaged_snapshot,
+    passed_over_batch,
+    penalty_of,
+    quarantined_part,
+)
 from morphogen.governor.findings import Finding, Observation
 from morphogen.governor.gradients import end_skipped_step, is_routine_overflow, is_seeking_scale
 from morphogen.governor.keeper import Keeper
@@ -28,7 +35,6 @@ from morphogen.governor.sensors import SIGNALS, Reading, Sensors, observation_of
 from morphogen.governor.structure import StructureGuard
 from morphogen.governor.verdicts import (
     Action,
-    Penalty,
     Verdict,
     WatchState,
     after_acceptance,
@@ -248,9 +254,9 @@ class Governor:
             # A step that was taken was left out by the scaler itself.
             return Verdict(step=observation.step, action=Action.PROCEED) if was_taken else self._skip(observation, findings)
         if is_in_bad_window(self._watch, self.config) and not was_taken:
-            alarmed = any(not finding.warning for finding in self._inspected(observation))
-            self._watch = passed_over(self._watch, alarmed, self.config)
-            return self._skip(observation, (_bad_window_finding(self._watch),))
+            return self._pass_over(observation)
+        if self._watch.window_damaged:
+            return self._rewind(observation, (damaged_in_window(),))
         quarantined: tuple[str, ...] = ()
         if not was_taken and not _isolated_is_finite(observation):
             observation, quarantined = self._quarantine(observation)
@@ -267,6 +273,16 @@ class Governor:
                     detector.accept(observation)
             verdict = Verdict(step=observation.step, action=Action.PROCEED, findings=findings)
         return self._with_quarantined(verdict, quarantined) if quarantined else verdict
+
+    def _pass_over(self, observation: Observation) -> Verdict:
+        """Skip a batch of the bad window; look at it all the same, as only what is in the state can damage the run there."""
+        alarms = [finding for finding in self._inspected(observation) if not finding.warning]
+        self._sensors.buffers.put_back()
+        damaged = any(finding.in_state for finding in alarms)
+        if not damaged and any(finding.non_finite for finding in alarms):
+            damaged = self._keeper.live_damage()
+        self._watch = passed_over(self._watch, bool(alarms), damaged, self.config)
+        return self._skip(observation, (passed_over_batch(self._watch),))
 
     def _inspected(self, observation: Observation) -> tuple[Finding, ...]:
         found = (detector.inspect(observation) for detector in self._detectors)
@@ -313,12 +329,12 @@ class Governor:
         return observation, tuple(owners)
 
     def _with_quarantined(self, verdict: Verdict, owners: tuple[str, ...]) -> Verdict:
-        findings = tuple(_quarantine_finding(owner) for owner in owners)
+        findings = tuple(quarantined_part(owner) for owner in owners)
         amount = self.config.quarantine_penalty
         for owner, finding in zip(owners, findings, strict=True):
             self._emit(PartQuarantined(step=verdict.step, owner=owner, findings=(finding,), penalty=amount))
         penalties = tuple(
-            _penalty(verdict.step, amount, finding, owner) for owner, finding in zip(owners, findings, strict=True)
+            penalty_of(verdict.step, amount, finding, owner) for owner, finding in zip(owners, findings, strict=True)
         )
         return dataclasses.replace(
             verdict,
@@ -337,7 +353,7 @@ class Governor:
         if candidate is not None and self._watch.candidate_clean_steps >= self.config.probation_steps:
             damage = keeper.candidate_damage()
             if damage:
-                return self._rewind(observation, (_damage_finding(damage),))
+                return self._rewind(observation, (damaged_snapshot(damage),))
             position = keeper.memories[keeper.promote().observed].position
             self._watch = after_promotion(self._watch, position)
             candidate = None
@@ -372,7 +388,7 @@ class Governor:
         )
         self._emit(rollback)
         self._note_generations()
-        penalty = _penalty(observation.step, self.config.penalty, findings[0])
+        penalty = penalty_of(observation.step, self.config.penalty, findings[0])
         return Verdict(step=observation.step, action=Action.REWIND, findings=findings, rollback=rollback, penalties=(penalty,))
 
     def _collapse(self, observation: Observation, findings: tuple[Finding, ...], to_step: int) -> None:
@@ -468,26 +484,3 @@ def _as_pending(observation: Observation) -> _Pending:
 
 def _isolated_is_finite(observation: Observation) -> bool:
     return math.isfinite(observation.signals.get("isolated_grad_norm", 0.0))
-
-
-def _penalty(step: int, amount: float, finding: Finding, owner: str | None = None) -> Penalty:
-    return Penalty(step=step, amount=amount, owner=owner, reason=finding.message, ends_episode=owner is None)
-
-
-def _quarantine_finding(owner: str) -> Finding:
-    message = f"the part in {owner!r} is not finite; it did not act on the outputs yet and was taken out"
-    return Finding(detector="quarantine", message=message, value=math.nan, non_finite=True)
-
-
-def _bad_window_finding(watch: WatchState) -> Finding:
-    message = f"one of the batches that led to a fault, which came back after {watch.rewinds} rewinds; not trained on again"
-    return Finding(detector="bad_window", message=message, value=float(watch.position))
-
-
-def _damage_finding(damage: Sequence[str]) -> Finding:
-    return Finding(
-        detector="snapshot",
-        message=f"not finite in a snapshot on probation: {', '.join(damage[:3])}{' and more' if len(damage) > 3 else ''}",
-        value=math.nan,
-        non_finite=True,
-    )

@@ -10,6 +10,9 @@ from morphogen.governor.events import Rollback
 from morphogen.governor.findings import Finding
 
 
+_LONGEST_WINDOW = 3
+
+
 class Action(enum.Enum):
     """What happens to the step that was observed."""
 
@@ -83,6 +86,7 @@ class WatchState:
         fault_position: Furthest position at which a fault led to a rewind; -1 before the first.
         candidate_clean_steps: Clean observations in a row since the present candidate snapshot was taken.
         window_alarms: Of the latest observations in the bad window (see :func:`is_in_bad_window`), how many in a row alarmed.
+        window_damaged: Whether the state was damaged while it passed through the bad window, though no step was taken there.
         rewinds: Rewinds since the run last got past ``fault_position`` and stayed clean.
         since_rewind: Observations since the last rewind; None before the first.
         skipped: Steps skipped in all.
@@ -97,6 +101,7 @@ class WatchState:
     fault_position: int = -1
     candidate_clean_steps: int = 0
     window_alarms: int = 0
+    window_damaged: bool = False
     rewinds: int = 0
     since_rewind: int | None = None
     skipped: int = 0
@@ -155,21 +160,26 @@ def is_in_bad_window(state: WatchState, config: GovernorConfig) -> bool:
     """Whether the run is back at the batches that led to a fault which came back when they were trained on again.
 
     Where a rewind takes the data back too, the same batches come again. The first rewind trains on them, as the fault may have
-    had nothing to do with them; from the second on they are passed over, from ``skip_window_steps`` before the fault on.
+    had nothing to do with them; from the second on they are passed over: from ``skip_window_steps`` before the fault to
+    ``alarm_window_steps`` after it, and on while they alarm, for up to three times ``skip_window_steps`` more.
     """
     if state.rewinds < 2 or state.fault_position < 0 or not config.skip_window_steps:
         return False
     first = state.fault_position - config.skip_window_steps
     last = state.fault_position + config.alarm_window_steps
-    if state.window_alarms:  # not past the bad batches yet
-        last += config.skip_window_steps
+    if state.window_alarms:  # not past the fault yet
+        last += _LONGEST_WINDOW * config.skip_window_steps
     return first <= state.position < last
 
 
-def passed_over(state: WatchState, alarmed: bool, config: GovernorConfig) -> WatchState:
+def passed_over(state: WatchState, alarmed: bool, damaged: bool, config: GovernorConfig) -> WatchState:
     """Return the state after an observation in the bad window, whose step is skipped whatever it shows."""
     after = watched(state, False, config)
-    return dataclasses.replace(after, window_alarms=state.window_alarms + 1 if alarmed else 0)
+    return dataclasses.replace(
+        after,
+        window_alarms=state.window_alarms + 1 if alarmed else 0,
+        window_damaged=state.window_damaged or damaged,
+    )
 
 
 def is_level_shift(state: WatchState, config: GovernorConfig, lasted_steps: int, known_steps: int) -> bool:
@@ -204,6 +214,7 @@ def after_rewind(state: WatchState, position: int) -> WatchState:
         doubts=(),
         suspicious_steps=0,
         window_alarms=0,
+        window_damaged=False,
         position=position,
         fault_position=max(state.fault_position, state.position),
         candidate_clean_steps=0,
