@@ -302,3 +302,11 @@ def test_a_checkpoint_may_be_moved_and_copied(kit: Any, tmp_path: Path) -> None:
     run.steps(1)
     run.state.load(tmp_path / "moved")
     assert kit.same(run.contents(), before)
+
+
+def test_a_snapshot_has_the_same_checksum_in_files(kit: Any, tmp_path: Path, any_optimizer: str) -> None:
+    run = kit.build(any_optimizer, "cosine")
+    run.steps(3)
+    snapshot = run.state.capture()
+    checkpoint.write(tmp_path / "c", snapshot)
+    assert checkpoint.read(tmp_path / "c", {}).snapshot.checksum() == snapshot.checksum()

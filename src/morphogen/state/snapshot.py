@@ -91,9 +91,9 @@ class Snapshot:
         return self._finite
 
     def checksum(self) -> str:
-        """Return the SHA-256 of all tensors with their names: equal before and after any number of restores."""
+        """Return the SHA-256 of all tensors with their names: equal before and after any number of restores, and in files."""
         digest = hashlib.sha256()
-        for section, name, tensor in self.named_tensors():
+        for section, name, tensor in sorted(self.named_tensors(), key=lambda entry: entry[:2]):
             digest.update(f"{section}/{name}/{tensor.dtype}/{tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
