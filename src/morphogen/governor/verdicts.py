@@ -9,7 +9,6 @@ from morphogen.governor.config import GovernorConfig
 from morphogen.governor.events import Rollback
 from morphogen.governor.findings import Finding
 
-
 _LONGEST_WINDOW = 3
 
 
