@@ -185,9 +185,10 @@ def test_there_is_no_window_before_a_fault() -> None:
     assert not is_in_bad_window(WatchState(rewinds=3), GovernorConfig())
 
 
-def test_damage_that_goes_on_while_no_step_is_taken_is_not_taken_for_the_data(kit: Any) -> None:
+@pytest.mark.parametrize("kind", ["shrink", "noise"])
+def test_damage_that_goes_on_while_no_step_is_taken_is_not_taken_for_the_data(kit: Any, kind: str) -> None:
     """Weights are damaged at forty positions, whatever is trained on there; each position does so once."""
-    loop = kit.Loop(GovernorConfig(), seed=3)
+    loop = kit.Loop(GovernorConfig(), seed=1)
     hit: set[int] = set()
     position, noise = torch.zeros((), dtype=torch.int64), torch.Generator().manual_seed(1)
     loop.state = TrainingState(loop.model, loop.optimizer, loop.scheduler, extras={"data": loop.data, "position": position})
@@ -198,12 +199,15 @@ def test_damage_that_goes_on_while_no_step_is_taken_is_not_taken_for_the_data(ki
             hit.add(here)
             with torch.no_grad():
                 for parameter in loop.model.parameters():
-                    parameter.add_(parameter.std() * torch.randn(parameter.shape, generator=noise))
+                    if kind == "shrink":
+                        parameter.mul_(0.8)
+                    else:
+                        parameter.add_(parameter.std() * torch.randn(parameter.shape, generator=noise))
         position.add_(1)
         loop.step()
     assert not any(isinstance(event, LevelShiftAccepted) for event in loop.events)
     assert 2 <= loop.governor.rollbacks <= 4
-    usual = kit.Loop(GovernorConfig(), seed=3)
+    usual = kit.Loop(GovernorConfig(), seed=1)
     usual.steps(400)
     sizes = [sum(float(p.detach().square().sum()) for p in run.model.parameters()) ** 0.5 for run in (loop, usual)]
     assert sizes[0] == pytest.approx(sizes[1], rel=0.25), "the damage is undone"

@@ -278,10 +278,11 @@ class Governor:
         """Skip a batch of the bad window; look at it all the same, as only what is in the state can damage the run there."""
         alarms = [finding for finding in self._inspected(observation) if not finding.warning]
         self._sensors.buffers.put_back()
-        damaged = any(finding.in_state for finding in alarms)
+        moved = self._watch.passing_over and observation.signals.get("update", 0.0) != 0.0  # without a step
+        damaged = moved or any(finding.in_state for finding in alarms)
         if not damaged and any(finding.non_finite for finding in alarms):
             damaged = self._keeper.live_damage()
-        self._watch = passed_over(self._watch, bool(alarms), damaged, self.config)
+        self._watch = passed_over(self._watch, moved or bool(alarms), damaged, self.config)
         return self._skip(observation, (passed_over_batch(self._watch),))
 
     def _inspected(self, observation: Observation) -> tuple[Finding, ...]:

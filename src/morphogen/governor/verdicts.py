@@ -85,6 +85,7 @@ class WatchState:
         fault_position: Furthest position at which a fault led to a rewind; -1 before the first.
         candidate_clean_steps: Clean observations in a row since the present candidate snapshot was taken.
         window_alarms: Of the latest observations in the bad window (see :func:`is_in_bad_window`), how many in a row alarmed.
+        passing_over: Whether the latest observation was in the bad window, so that no step was taken after it.
         window_damaged: Whether the state was damaged while it passed through the bad window, though no step was taken there.
         rewinds: Rewinds since the run last got past ``fault_position`` and stayed clean.
         since_rewind: Observations since the last rewind; None before the first.
@@ -100,6 +101,7 @@ class WatchState:
     fault_position: int = -1
     candidate_clean_steps: int = 0
     window_alarms: int = 0
+    passing_over: bool = False
     window_damaged: bool = False
     rewinds: int = 0
     since_rewind: int | None = None
@@ -127,6 +129,7 @@ def watched(state: WatchState, alarmed: bool, config: GovernorConfig, doubtful: 
         position=state.position if alarmed else state.position + 1,
         candidate_clean_steps=0 if doubtful else state.candidate_clean_steps + (not alarmed),
         window_alarms=state.window_alarms if alarmed else 0,
+        passing_over=False,
         since_rewind=None if state.since_rewind is None else state.since_rewind + 1,
     )
 
@@ -176,6 +179,7 @@ def passed_over(state: WatchState, alarmed: bool, damaged: bool, config: Governo
     after = watched(state, False, config)
     return dataclasses.replace(
         after,
+        passing_over=True,
         window_alarms=state.window_alarms + 1 if alarmed else 0,
         window_damaged=state.window_damaged or damaged,
     )
@@ -213,6 +217,7 @@ def after_rewind(state: WatchState, position: int) -> WatchState:
         doubts=(),
         suspicious_steps=0,
         window_alarms=0,
+        passing_over=False,
         window_damaged=False,
         position=position,
         fault_position=max(state.fault_position, state.position),
