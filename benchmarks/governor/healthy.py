@@ -144,8 +144,8 @@ def shifting_run(seed: int, what: str) -> Run:
 
     def draw() -> Batch:
         moved = int(num_drawn.add_(1)) > 400
-        second = torch.rand(64, generator=data) < (0.5 if moved else rare)  # type: ignore[arg-type]
-        places = torch.rand(64, generator=data)  # type: ignore[arg-type]
+        second = torch.rand(64, generator=data) < (0.5 if moved else rare)
+        places = torch.rand(64, generator=data)
         chosen = torch.where(second, *(group[(places * len(group)).long()] for group in reversed(groups)))
         return (inputs[chosen] * 1.5 + 0.5 if moved and what == "inputs" else inputs[chosen]), targets[chosen]
 
@@ -159,7 +159,7 @@ def mixture_run(seed: int) -> Run:
     data, easy = run.extras["data"], run.draw
 
     def draw() -> Batch:
-        source = int(torch.randint(20, (), generator=data))  # type: ignore[arg-type]
+        source = int(torch.randint(20, (), generator=data))
         inputs, targets = easy()
         return (inputs * 0.3 if source == 0 else inputs * 0.6 if source < 7 else inputs), targets
 

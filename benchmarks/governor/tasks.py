@@ -164,7 +164,7 @@ def rmsprop(rate: float) -> Callable[[Any], Optimizer]:
 def digits_splits() -> tuple[Batch, Batch]:
     """Return train and held-out images as rows of 64 values."""
     data = digits.load()
-    return tuple((split.inputs.flatten(1), split.targets) for split in (data.train, data.decision))  # type: ignore[return-value]
+    return tuple((split.inputs.flatten(1), split.targets) for split in (data.train, data.decision))
 
 
 def digits_run(

@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from morphogen.governor import Action, Governor, GovernorConfig, LevelShiftAccepted, Rollback, StepSkipped
-from morphogen.governor.verdicts import WatchState, is_in_bad_window
+from morphogen.governor.verdicts import WatchState, is_in_bad_window, is_watching_closely
 from morphogen.state import TrainingState
 
 CONFIG = GovernorConfig(snapshot_every=20, probation_steps=30)
@@ -211,3 +211,9 @@ def test_damage_that_goes_on_while_no_step_is_taken_is_not_taken_for_the_data(ki
     usual.steps(400)
     sizes = [sum(float(p.detach().square().sum()) for p in run.model.parameters()) ** 0.5 for run in (loop, usual)]
     assert sizes[0] == pytest.approx(sizes[1], rel=0.25), "the damage is undone"
+
+
+def test_every_step_is_judged_before_it_is_taken_where_batches_are_passed_over() -> None:
+    inside = dataclasses.replace(WATCH, position=100, since_rewind=40)
+    assert is_watching_closely(inside, GovernorConfig(check_every=8))
+    assert not is_watching_closely(dataclasses.replace(inside, position=200), GovernorConfig(check_every=8))

@@ -191,3 +191,11 @@ def test_an_error_of_the_listener_at_the_end_does_not_hide_a_finite_run(kit: Any
     assert kit.is_finite(loop.contents())
     loop.governor._emit_event = loop.events.append
     assert all(verdict.proceed for verdict in loop.steps(20))
+
+
+def test_the_oldest_snapshot_is_left_even_if_no_rewind_may_reach_it(kit: Any) -> None:
+    loop = kit.Loop(CONFIG.replace(max_rewinds=1, generations=4))
+    loop.steps(150)
+    oldest = oldest_good(loop).step
+    until_collapse(kit, loop, nan_for_ever)
+    assert loop.rollbacks[0].to_step > loop.events[-1].to_step == oldest == oldest_good(loop).step

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from morphogen.governor import Action, Detector, ExplosionConfig, Finding, GovernorConfig, Observation
+from morphogen.governor import Action, Detector, ExplosionConfig, Finding, Governor, GovernorConfig, Observation, ProbeConfig
 from morphogen.governor.detectors import (
     Collapse,
     DeadGradient,
@@ -226,3 +226,11 @@ def test_own_detectors_forget_with_the_others_when_a_level_is_accepted(kit: Any)
     loop.steps(200)
     loop.steps(30, loss=kit.times(100.0))
     assert detector.forgotten == 1
+
+
+@pytest.mark.parametrize("config", [GovernorConfig(probe=ProbeConfig(spike=2.0)), GovernorConfig(sensors={"probe_every": 5})])
+def test_settings_of_a_probe_that_is_not_there_are_refused(kit: Any, config: GovernorConfig) -> None:
+    with pytest.raises(ValueError, match="`probe` must be given"):
+        kit.Loop(config)
+    state = kit.Loop().state
+    assert Governor(state, config, probe=lambda: 0.5).config is config

@@ -273,3 +273,20 @@ def test_a_save_that_was_cut_short_leaves_the_older_one(kit: Any, tmp_path: Path
         if len(seen) < allowed:
             break
     assert 3 < allowed < 29 and (directory / "governor.json").read_bytes() != old
+
+
+def test_a_reload_between_a_reset_and_the_first_step_after_it_changes_nothing(kit: Any, tmp_path: Path) -> None:
+    """The first step of RMSprop after a reset is softened, by whichever governor is there then."""
+    config = CONFIG.replace(optimizer="reset")
+    first = kit.Loop(config, optimizer="rmsprop")
+    first.steps(80)
+    first.poison()
+    assert first.step().rollback is not None
+    first.state.save(tmp_path / "run")
+    first.governor.save(tmp_path / "governor")
+    second = kit.Loop(config, optimizer="rmsprop", seed=99)
+    second.state.load(tmp_path / "run")
+    second.governor.load(tmp_path / "governor")
+    for loop in (first, second):
+        assert loop.step().proceed
+    assert kit.differences(second.contents(), first.contents()) == []

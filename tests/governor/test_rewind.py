@@ -344,3 +344,15 @@ def test_closures_of_the_loop_see_the_same_objects(kit: Any) -> None:
     loss = functional.mse_loss(nn.Flatten()(weight), torch.zeros(weight.shape[0], 10))
     loss.backward()
     assert weight.grad is not None
+
+
+def test_the_batch_of_an_accepted_level_leaves_its_running_statistics(kit: Any) -> None:
+    """Its step is taken, so it counts for the statistics as every batch does."""
+    loop = kit.Loop(SOON, model=kit.small_model(batch_norm=True), batch_size=256)
+    loop.steps(200)
+    for _ in range(60):
+        before = int(loop.model[1].num_batches_tracked)
+        loop.step(loss=kit.times(50.0))
+        if any(isinstance(event, LevelShiftAccepted) for event in loop.events):
+            break
+    assert loop.verdicts[-1].proceed and int(loop.model[1].num_batches_tracked) == before + 1

@@ -321,8 +321,10 @@ def test_measuring_between_two_backward_passes_does_not_break_the_graph() -> Non
     rig = Rig(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)))
     loss = rig.model(torch.randn(8, 6)).square().mean()
     loss.backward(retain_graph=True)
+    once = rig.model[0].weight.grad.clone()
     rig.measure(loss=loss)
     loss.backward()
+    assert torch.equal(rig.model[0].weight.grad, 2.0 * once)
 
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])

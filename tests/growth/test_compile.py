@@ -50,7 +50,7 @@ def test_a_ramp_compiles_once_and_a_stage_once_more() -> None:
     compiled = torch.compile(model, backend=backend)
     compiled(CASE.example())
     first = len(graphs)
-    while model.slot("early").state.ramp is not None and model.slot("early").state.ramp.tick < 4:  # type: ignore[union-attr]
+    while model.slot("early").state.ramp is not None and model.slot("early").state.ramp.tick < 4:
         model.tick()
         compiled(CASE.example())
     assert len(graphs) == first

@@ -259,7 +259,7 @@ def test_a_registered_name_cannot_be_taken_twice() -> None:
     with pytest.raises(ValueError, match="`name` must be new, got 'norm', which is Norm"):
         blueprint("norm", layouts=("NC",))(Other)
     with pytest.raises(ValueError, match="`layouts` must be some of NC, NCL, NLC, NCHW"):
-        blueprint("new", layouts=("NHWC",))(Other)  # type: ignore[arg-type]
+        blueprint("new", layouts=("NHWC",))(Other)
     with pytest.raises(ValueError, match="`layouts`"):
         blueprint("new", layouts=())(Other)
 

@@ -253,7 +253,7 @@ def test_activation_checkpointing_still_works(kit: Any, reentrant: bool) -> None
             return torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=reentrant)
 
     host = Checkpointed()
-    host.inner.norm = nn.LayerNorm(8)  # type: ignore[assignment]  # BatchNorm would count a recomputed batch twice
+    host.inner.norm = nn.LayerNorm(8)  # BatchNorm would count a recomputed batch twice
     bare, inputs = copy.deepcopy(host), HostCase("NC").example().requires_grad_()
     model = GrowableModel(host, {"a": "inner.norm"}, inputs.detach(), config=LENIENT)
     model.germinate("a", "mlp")

@@ -105,7 +105,7 @@ def test_a_wrong_point_is_named(points: dict[str, Any], error: type[Exception], 
 
 def test_an_unknown_layout_is_refused() -> None:
     with pytest.raises(ValueError, match="`layout` must be one of NC, NCL, NLC, NCHW, got 'NHWC'"):
-        GrowthPoint("norm", layout="NHWC")  # type: ignore[arg-type]
+        GrowthPoint("norm", layout="NHWC")
 
 
 def test_a_host_is_grown_by_one_model_at_a_time() -> None:

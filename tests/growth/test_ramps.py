@@ -92,4 +92,4 @@ def test_easing_keeps_its_ends_and_is_symmetric(curve: Curve, steepness: float, 
 def test_a_wrong_field_is_named(field: str, value: object) -> None:
     fields: dict[str, object] = {"start": 0.0, "target": 1.0, "num_ticks": 5}
     with pytest.raises(ValueError, match=f"`{field}`.*got"):
-        Ramp(**{**fields, field: value})  # type: ignore[arg-type]
+        Ramp(**{**fields, field: value})

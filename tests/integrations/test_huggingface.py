@@ -314,7 +314,7 @@ def test_several_processes_are_refused(kit: Any, tmp_path: Path) -> None:
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
     arguments._n_gpu = 2
     with pytest.raises(ValueError, match="not_distributed"):
-        GovernorCallback().on_train_begin(arguments, None, None)  # type: ignore[arg-type]
+        GovernorCallback().on_train_begin(arguments, None, None)
 
 
 def test_language_model_with_empty_labels(tmp_path: Path, kit: Any) -> None:

@@ -280,12 +280,12 @@ def test_what_cannot_be_governed_is_refused(kit: Any) -> None:
     with pytest.raises(ValueError, match="LBFGS"):
         Run(kit, module=Module(kit, optimizer="lbfgs"))
     with pytest.raises(ValueError, match="2 processes"):
-        GovernorCallback().setup(types.SimpleNamespace(world_size=2), Module(kit), "fit")  # type: ignore[arg-type]
+        GovernorCallback().setup(types.SimpleNamespace(world_size=2), Module(kit), "fit")
 
 
 def test_module_without_an_optimizer_is_refused(kit: Any) -> None:
     module = Module(kit)
-    module.configure_optimizers = lambda: None  # type: ignore[method-assign]
+    module.configure_optimizers = lambda: None
     with pytest.warns(UserWarning, match="will run with no optimizer"), pytest.raises(ValueError, match="one optimizer"):
         Run(kit, module=module)
 
@@ -293,7 +293,7 @@ def test_module_without_an_optimizer_is_refused(kit: Any) -> None:
 def test_a_module_can_be_copied_while_it_is_governed(kit: Any) -> None:
     class Copies(Callback):
         def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-            pl_module.trainer = None  # type: ignore[assignment]
+            pl_module.trainer = None
             self.copied = copy.deepcopy(pl_module)
             pl_module.trainer = trainer
 

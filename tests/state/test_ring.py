@@ -48,7 +48,7 @@ def test_rewinding_further_leaves_the_older_ones() -> None:
 
 def test_a_ring_is_frozen_and_holds_at_least_one() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        Ring().capacity = 3  # type: ignore[misc]
+        Ring().capacity = 3
     with pytest.raises(ValueError, match="`capacity` must be at least 1, got 0"):
         Ring(capacity=0)
     assert Generation(3, taken(3), 3) != Generation(3, taken(3), 3)  # snapshots are compared by identity

@@ -291,11 +291,11 @@ def test_extra_state_of_modules_comes_back() -> None:
 def test_what_belongs_to_no_run_is_refused(kit: Any) -> None:
     model = nn.Linear(2, 1)
     with pytest.raises(TypeError, match=r"`model` must be a Module or a dict of them by name \(no dots\), got int"):
-        TrainingState(3)  # type: ignore[arg-type]
+        TrainingState(3)
     with pytest.raises(TypeError, match="`model` must be .* under 'a.b'"):
         TrainingState({"a.b": model})
     with pytest.raises(TypeError, match="`optimizer` must be .*, got Linear"):
-        TrainingState(model, model)  # type: ignore[arg-type]
+        TrainingState(model, model)
     with pytest.raises(TypeError, match="`scheduler` must have `state_dict` and `load_state_dict`, got function"):
         TrainingState(model, scheduler=lambda step: 1.0)
     with pytest.raises(TypeError, match="`scaler` must have `state_dict` and `load_state_dict`, got float"):
@@ -303,7 +303,7 @@ def test_what_belongs_to_no_run_is_refused(kit: Any) -> None:
     with pytest.raises(TypeError, match="extra `clock` must be a module, a tensor, a generator or have .*, got int"):
         TrainingState(model, extras={"clock": 3})
     with pytest.raises(ValueError, match="`snapshot_location` must be one of device, host, got 'disk'"):
-        TrainingState(model, snapshot_location="disk")  # type: ignore[arg-type]
+        TrainingState(model, snapshot_location="disk")
     with pytest.raises(ValueError, match="`weight` must hold data"):
         TrainingState(nn.LazyLinear(2))
     with pytest.raises(ValueError, match="`weight` must hold data"):

@@ -266,6 +266,6 @@ def played(tmp_path: Path) -> Callable[..., Path]:
     def make(**changes: object) -> Path:
         directory = tmp_path / f"run{next(count)}"
         directory.mkdir()
-        return play(directory, dataclasses.replace(Plan(), **changes))  # type: ignore[arg-type]
+        return play(directory, dataclasses.replace(Plan(), **changes))
 
     return make

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from morphogen.errors import CheckpointError, TrainingCollapsed
 from morphogen.governor import files
-from morphogen.governor.config import GovernorConfig
+from morphogen.governor.config import GovernorConfig, ProbeConfig, SensorConfig
 from morphogen.governor.consensus import Consensus
 from morphogen.governor.detectors import Detector, standard_detectors
 from morphogen.governor.events import Collapsed, LevelShiftAccepted, PartQuarantined, Rollback, StepSkipped, Warned
@@ -112,6 +112,12 @@ class Governor:
         names = [detector.name for detector in self._detectors]
         if len(set(names)) < len(names):
             raise ValueError(f"`detectors` must have names that differ, from the standard ones too, got {names}. Rename one.")
+        if probe is None and (
+            self.config.probe != ProbeConfig() or self.config.sensors.probe_every != SensorConfig().probe_every
+        ):
+            raise ValueError(
+                "`probe` must be given for its settings to have an effect, got None. Pass a function that returns a loss."
+            )
         for owner in () if isinstance(self.config.optimizer, str) else self.config.optimizer:
             state.group_of(owner)
         self._consensus = Consensus.of(distributed)
@@ -119,7 +125,6 @@ class Governor:
         self._keeper = Keeper(state, self.config, self._detectors, self._consensus)
         self._guard = StructureGuard(state)
         self._sensors = Sensors(state, self.config.sensors, probe=probe)
-        self._softens_next_step = False
         self._note_generations()
 
     @property
@@ -193,8 +198,8 @@ class Governor:
             verdict = Verdict(step=number, action=Action.PROCEED)
         else:
             verdict = self._judge(last_was_taken=False)
-        if verdict.proceed and self._softens_next_step:
-            self._softens_next_step = False
+        if verdict.proceed and self._watch.moments_reset:
+            self._watch = dataclasses.replace(self._watch, moments_reset=False)
             for optimizer in self._state.optimizers.values():
                 surgery.soften_first_step(optimizer)
         return verdict
@@ -277,11 +282,8 @@ class Governor:
     def _pass_over(self, observation: Observation) -> Verdict:
         """Skip a batch of the bad window; look at it all the same, as only what is in the state can damage the run there."""
         alarms = [finding for finding in self._inspected(observation) if not finding.warning]
-        self._sensors.buffers.put_back()
         moved = self._watch.passing_over and observation.signals.get("update", 0.0) != 0.0  # without a step
-        damaged = moved or any(finding.in_state for finding in alarms)
-        if not damaged and any(finding.non_finite for finding in alarms):
-            damaged = self._keeper.live_damage()
+        damaged = moved or self._is_damaged(alarms, was_taken=False)
         self._watch = passed_over(self._watch, moved or bool(alarms), damaged, self.config)
         return self._skip(observation, (passed_over_batch(self._watch),))
 
@@ -291,11 +293,7 @@ class Governor:
 
     def _react(self, observation: Observation, findings: tuple[Finding, ...], was_taken: bool) -> Verdict:
         finite = not any(finding.non_finite for finding in findings)
-        sound = not any(finding.in_state for finding in findings)
-        if not was_taken:
-            self._sensors.buffers.put_back()
-        if not finite:
-            sound = sound and not self._keeper.live_damage()
+        sound = not self._is_damaged(findings, was_taken)
         harmless = sound and not finite and not was_taken  # nothing of one bad batch is left behind
         self._watch = watched(self._watch, True, self.config, doubtful=not harmless)
         lasted = max(finding.lasted_steps for finding in findings)
@@ -304,6 +302,16 @@ class Governor:
             return self._accept_level(observation, findings)
         action = decide(self._watch, self.config, state_is_sound=sound, step_was_taken=was_taken)
         return self._rewind(observation, findings) if action is Action.REWIND else self._skip(observation, findings)
+
+    def _is_damaged(self, findings: Sequence[Finding], was_taken: bool) -> bool:
+        """Whether the run is damaged and not the batch alone; what a step not taken left in the buffers does not count."""
+        if any(finding.in_state for finding in findings):
+            return True
+        if not any(finding.non_finite for finding in findings):
+            return False
+        if not was_taken:
+            self._sensors.buffers.put_back()
+        return self._keeper.live_damage()
 
     def _skip(self, observation: Observation, findings: tuple[Finding, ...]) -> Verdict:
         self._watch = dataclasses.replace(self._watch, skipped=self._watch.skipped + 1)
@@ -368,13 +376,13 @@ class Governor:
 
     def _rewind(self, observation: Observation, findings: tuple[Finding, ...]) -> Verdict:
         count = self._watch.rewinds + 1
-        rewound = self._keeper.rewind(min(count, self.config.max_rewinds))
+        is_last = count > self.config.max_rewinds
+        rewound = self._keeper.rewind(min(count, self.config.max_rewinds), for_good=is_last)
         self._sensors.start_anew()
         self._pending = []
-        if count > self.config.max_rewinds:
+        if is_last:
             self._collapse(observation, findings, rewound.target.step)
-        self._watch = after_rewind(self._watch, rewound.memory.position)
-        self._softens_next_step = "reset" in rewound.recovered.strategy
+        self._watch = after_rewind(self._watch, rewound.memory.position, rewound.recovered.moments_reset)
         rollback = Rollback(
             step=observation.step,
             reason=findings[0].message,

@@ -87,10 +87,13 @@ class Keeper:
         self.memories[observed] = self.memory(position)
         self._forget_dropped()
 
-    def rewind(self, count: int) -> Rewound:
-        """Put the run back, one generation further with each ``count`` >= 1, and the detectors with it."""
+    def rewind(self, count: int, *, for_good: bool = False) -> Rewound:
+        """Put the run back, one generation further with each ``count`` >= 1, and the detectors with it.
+
+        ``for_good`` is to the oldest generation at once: nothing will be tried from there.
+        """
         good = self.ring.good
-        target = good[max(0, len(good) - count)]
+        target = good[0 if for_good else max(0, len(good) - count)]
         self._consensus.check_same("generation", target.observed)
         recovered = put_back(self._state, target.snapshot, self._config.optimizer)
         # Learning rates that were not put back still carry the penalties of earlier rewinds.

@@ -12,10 +12,9 @@ from morphogen.state.inventory import all_finite
 from morphogen.state.topology import Isolating
 
 
-def isolated_parameters(models: Iterable[nn.Module]) -> list[Parameter]:
+def isolated_parameters(models: Iterable[Isolating]) -> list[Parameter]:
     """Return the parameters of all parts that do not act on the outputs of their model."""
-    found = (model.isolated() for model in models if isinstance(model, Isolating))
-    return [parameter for owners in found for pairs in owners.values() for _, parameter in pairs]
+    return [parameter for model in models for pairs in model.isolated().values() for _, parameter in pairs]
 
 
 def quarantine_faulty(models: Mapping[str, nn.Module], consensus: Consensus, *, by_gradient: bool) -> list[str]:

@@ -38,11 +38,13 @@ class Recovered:
         strategy: "restore", "reset" or "zero_momentum"; with several, as "owner: strategy" joined by commas.
         parts: Parts of the run that are as in the snapshot.
         rates_restored: Whether learning rates and schedule are as in the snapshot.
+        moments_reset: Whether some moments were forgotten.
     """
 
     strategy: str
     parts: tuple[str, ...]
     rates_restored: bool
+    moments_reset: bool
 
 
 def put_back(state: TrainingState, snapshot: Snapshot, strategy: Strategy | Mapping[str, Strategy]) -> Recovered:
@@ -68,7 +70,7 @@ def put_back(state: TrainingState, snapshot: Snapshot, strategy: Strategy | Mapp
             for optimizer in state.optimizers.values():
                 surgery.zero_momentum(optimizer)
         kept = snapshot.parts - _MOVING_PARTS if wanted == "reset" else snapshot.parts
-        recovered = Recovered(wanted, tuple(sorted(kept)), wanted != "reset")
+        recovered = Recovered(wanted, tuple(sorted(kept)), wanted != "reset", wanted == "reset")
     else:
         state.restore(snapshot)
         for owner, wanted in strategy.items():
@@ -78,7 +80,7 @@ def put_back(state: TrainingState, snapshot: Snapshot, strategy: Strategy | Mapp
             elif wanted == "zero_momentum":
                 surgery.zero_momentum(optimizer, members)
         words = ", ".join(f"{owner}: {wanted}" for owner, wanted in strategy.items())
-        recovered = Recovered(words, tuple(sorted(snapshot.parts)), True)
+        recovered = Recovered(words, tuple(sorted(snapshot.parts)), True, "reset" in strategy.values())
     synchronize(state)
     return recovered
 

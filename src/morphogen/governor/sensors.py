@@ -19,7 +19,7 @@ from morphogen.governor.quarantine import isolated_parameters
 from morphogen.state import TrainingState, surgery
 from morphogen.state.topology import Isolating
 
-_foreach_norm = torch._foreach_norm  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+# What torch's own optimizers are made of; no public name does the same in one call.
 _foreach_sub = torch._foreach_sub  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
 _STRETCH = 16
 Number = Tensor | float
@@ -218,8 +218,8 @@ class WeightSample:
                 self._before = now
             if not before:
                 return None
-            moved = _foreach_norm(_foreach_sub(now, before))
-            return _joint(moved, device) / _joint(_foreach_norm(before), device).clamp_min(1e-12)
+            moved, size = (total_norm(tensor_norms(values, device)) for values in (_foreach_sub(now, before), before))
+            return moved / size.clamp_min(1e-12)
 
     def _follow(self, parameters: Sequence[Parameter]) -> None:
         """Make views anew if the parameters are not those of before, or lie elsewhere."""
@@ -227,11 +227,6 @@ class WeightSample:
         if key != self._key:
             self.parameters = [parameter for parameter in parameters if _is_plain(parameter)]
             self._key, self._before, self._views = key, [], _sampled(self.parameters, self._size)
-
-
-def _joint(norms: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Return the 2-norm over several tensors from the norm of each."""
-    return norms[0].to(device) if len(norms) == 1 else torch.stack([norm.to(device) for norm in norms]).norm()
 
 
 def _sampled(parameters: Iterable[Parameter], size: int) -> list[list[Tensor]]:

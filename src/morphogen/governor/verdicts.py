@@ -88,6 +88,7 @@ class WatchState:
         passing_over: Whether the latest observation was in the bad window, so that no step was taken after it.
         window_damaged: Whether the state was damaged while it passed through the bad window, though no step was taken there.
         rewinds: Rewinds since the run last got past ``fault_position`` and stayed clean.
+        moments_reset: Whether the latest rewind reset moments and no step was taken since.
         since_rewind: Observations since the last rewind; None before the first.
         skipped: Steps skipped in all.
         rewound: Rewinds in all.
@@ -104,6 +105,7 @@ class WatchState:
     passing_over: bool = False
     window_damaged: bool = False
     rewinds: int = 0
+    moments_reset: bool = False
     since_rewind: int | None = None
     skipped: int = 0
     rewound: int = 0
@@ -209,8 +211,8 @@ def is_level_shift(state: WatchState, config: GovernorConfig, lasted_steps: int,
     return known_before >= config.explosion.min_steps and state.since_rewind <= lasted_steps + len(state.alarms) - 1
 
 
-def after_rewind(state: WatchState, position: int) -> WatchState:
-    """Return the state after a rewind to a snapshot that was taken at ``position``."""
+def after_rewind(state: WatchState, position: int, moments_reset: bool = False) -> WatchState:
+    """Return the state after a rewind to a snapshot that was taken at ``position``, with moments restored or reset."""
     return dataclasses.replace(
         state,
         alarms=(),
@@ -223,6 +225,7 @@ def after_rewind(state: WatchState, position: int) -> WatchState:
         fault_position=max(state.fault_position, state.position),
         candidate_clean_steps=0,
         rewinds=state.rewinds + 1,
+        moments_reset=moments_reset,
         since_rewind=0,
         rewound=state.rewound + 1,
     )
@@ -239,7 +242,9 @@ def after_promotion(state: WatchState, position: int) -> WatchState:
 
 
 def is_watching_closely(state: WatchState, config: GovernorConfig) -> bool:
-    """Whether each step must be judged before it is taken, whatever ``check_every``: while suspicious or just rewound."""
-    return bool(state.alarms or state.doubts) or (
-        state.since_rewind is not None and state.since_rewind < config.alarm_window_steps
-    )
+    """Whether each step must be judged before it is taken, whatever ``check_every``: while suspicious or just rewound.
+
+    Also where batches are to be passed over.
+    """
+    is_just_rewound = state.since_rewind is not None and state.since_rewind < config.alarm_window_steps
+    return bool(state.alarms or state.doubts) or is_just_rewound or is_in_bad_window(state, config)
