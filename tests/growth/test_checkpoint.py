@@ -214,7 +214,7 @@ def test_a_structure_of_another_model_is_refused(kit: Any, tmp_path: Path, misfi
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda t: {**t, "format": 99}, "format 1, got 99"),
+        (lambda t: {**t, "format": 99}, "format 2, got 99"),
         (lambda t: [t], "format 1, got list"),
         (lambda t: None, "format 1, got NoneType"),
         (lambda t: edited(t, "blueprint", "conv9x9"), "`blueprint` must be one of"),

@@ -10,7 +10,8 @@ from morphogen.growth.contribution import (
 from morphogen.growth.events import GateRefused as GateRefused, StageChanged as StageChanged
 from morphogen.growth.gates import Check as Check, GateResult as GateResult, SlotSensors as SlotSensors
 from morphogen.growth.lifecycle import SlotState as SlotState, Sowing as Sowing, Stage as Stage
-from morphogen.growth.model import GrowableModel as GrowableModel, GrowthPoint as GrowthPoint
+from morphogen.growth.model import GrowableModel as GrowableModel
+from morphogen.growth.points import GrowthPoint as GrowthPoint
 from morphogen.growth.ramps import Ramp as Ramp
 from morphogen.growth.slots import SeedSlot as SeedSlot
 from morphogen.growth.topology import with_fossils as with_fossils

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextvars
-import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -11,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from morphogen.growth.config import GrowthConfig
+from morphogen.growth.features import Site
 from morphogen.growth.gates import SlotSensors
 from morphogen.growth.incubation import straight_through
-from morphogen.growth.layouts import Layout
 from morphogen.growth.lifecycle import ACTING, SlotState, Stage
 from morphogen.growth.operators import Seed
 
@@ -22,15 +21,6 @@ alpha_overrides: contextvars.ContextVar[AlphaOverrides | None] = contextvars.Con
 """Alpha of slots for the forward pass under way; set by ``GrowableModel.forward`` alone, so calls may nest and thread."""
 
 Mix = Literal["off", "incubate", "blend", "full"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Site:
-    """Where a slot is attached: the submodule's path, and the feature there."""
-
-    path: str
-    layout: Layout
-    width: int
 
 
 class SeedSlot(nn.Module):
@@ -65,30 +55,35 @@ class SeedSlot(nn.Module):
         with torch.no_grad():
             self.alpha.fill_(state.alpha)
 
-    def on_output(self, module: nn.Module, args: Any, output: object) -> Tensor | None:
-        """Forward hook of the host's submodule; None leaves the host's own tensor, the same object, in place."""
+    def on_output(self, module: nn.Module, args: tuple[Any, ...], output: object) -> Any:
+        """Forward hook of the host's submodule; None leaves the host's own output, the same object, in place."""
         if self.mix == "off" or self.seed is None:
             return None
-        if not isinstance(output, Tensor):
-            raise TypeError(
-                f"slot {self.name!r}: submodule `{self.site.path}` must return a tensor, returned {type(output).__name__}. "
-                "Choose a submodule inside it."
-            )
-        overrides = alpha_overrides.get()
-        if overrides is not None and self.name in overrides and self.mix != "incubate":
-            return self._mixed(output, self._per_sample(overrides[self.name], output))
-        if self.mix == "incubate":
+        feature = self.site.feature(output)
+        override = self._override()
+        if override is not None and self.mix != "incubate":
+            grown = feature + self._residual(feature, args) * self._per_sample(override, feature)
+        elif self.mix == "incubate":
             if not (self.training and torch.is_grad_enabled()):
                 return None
-            feature = output.detach()
-            return straight_through(output, self.seed(feature), self.incubation_ratio)
-        if self.mix == "full":
-            return output + self.seed(output)
-        return self._mixed(output, self.alpha)
+            residual = self._residual(feature.detach(), args)
+            grown = straight_through(feature, residual, self.incubation_ratio)
+        elif self.mix == "full":
+            grown = feature + self._residual(feature, args)
+        else:
+            grown = feature + self._residual(feature, args) * self.alpha
+        return self.site.replaced(output, grown)
 
-    def _mixed(self, output: Tensor, alpha: float | Tensor) -> Tensor:
+    def _override(self) -> float | Tensor | None:
+        """Return alpha for this call alone; compiled code has none, as ``GrowableModel.forward`` runs such calls uncompiled."""
+        if torch.compiler.is_compiling():
+            return None
+        overrides = alpha_overrides.get()
+        return None if overrides is None else overrides.get(self.name)
+
+    def _residual(self, feature: Tensor, args: tuple[Any, ...]) -> Tensor:
         assert self.seed is not None
-        return output + self.seed(output) * alpha
+        return self.seed(feature)
 
     def _per_sample(self, alpha: float | Tensor, output: Tensor) -> float | Tensor:
         """Return ``alpha`` shaped to multiply ``output``: a number or 0-dim tensor as it is, (N,) as (N, 1, ...)."""

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from morphogen.errors import StateMismatch
+from morphogen.growth.features import Site
 from morphogen.growth.gates import Reading, SlotSensors
 from morphogen.growth.lifecycle import SlotState, Sowing, Stage, Transition
 from morphogen.growth.ramps import Ramp
-from morphogen.growth.slots import SeedSlot, Site
+from morphogen.growth.slots import SeedSlot
 from morphogen.telemetry.events import Json
 
-FORMAT = 1
+FORMAT = 2
 
 
 def topology_of(slots: Mapping[str, SeedSlot], clock: int) -> Json:
