@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.utils import _pytree as pytree
@@ -92,12 +93,7 @@ class GrowableModel(nn.Module):
         """
         if alphas is None:
             return self.host(*args, **kwargs)
-        self.check_acting(alphas)
-        token = alpha_overrides.set(alphas)
-        try:
-            return self.host(*args, **kwargs)
-        finally:
-            alpha_overrides.reset(token)
+        return self._with_alphas(alphas, args, kwargs)
 
     @property
     def config(self) -> GrowthConfig:
@@ -329,6 +325,17 @@ class GrowableModel(nn.Module):
                 raise SlotError(f"slot {name!r} must hold a blended seed, is {stage.name.lower()}. Advance it first.")
 
     # -- inside -----------------------------------------------------------------------------------------------------
+
+    @torch.compiler.disable
+    def _with_alphas(self, alphas: AlphaOverrides, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the host uncompiled, as slots look for overrides in such code alone: in compiled code that breaks the graph."""
+        self.check_acting(alphas)
+        token = alpha_overrides.set(alphas)
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                return self.host(*args, **kwargs)
+        finally:
+            alpha_overrides.reset(token)
 
     def _slots(self) -> dict[str, SeedSlot]:
         return {name: cast("SeedSlot", slot) for name, slot in self.slots.items()}
