@@ -57,7 +57,8 @@ format: $(develop)
 	$(bin)/ruff format
 
 bench: $(runtime)
-	for file in benchmarks/*.py $(addprefix benchmarks/governor/,costs.py first_update.py detection.py recovery.py); do \
+	for file in benchmarks/*.py $(addprefix benchmarks/governor/,costs.py first_update.py detection.py recovery.py) \
+	    $(addprefix benchmarks/growth/,newborn.py incubators.py); do \
 	    echo "== $$file"; $(python) "$$file" || exit 1; done
 
 clean:

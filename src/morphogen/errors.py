@@ -47,3 +47,7 @@ class TrainingCollapsed(MorphogenError):
         self.findings = findings
         self.report = report
         super().__init__(message)
+
+
+class DataError(MorphogenError):
+    """The files of a data set are not here, damaged, or not what they should be; the message says how to get them."""

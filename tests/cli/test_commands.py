@@ -38,11 +38,29 @@ def test_help_fits_a_screen_and_imports_no_torch(words: tuple[str, ...], tmp_pat
     assert imported.stderr.strip() == "False"
 
 
-def test_tasks_lists_both_with_sizes(tmp_path: Path) -> None:
+def test_tasks_says_what_there_is_and_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "given"
+    (place / "sotu").mkdir(parents=True)
+    (place / "sotu" / "sotu.txt.gz").touch()
+    monkeypatch.setenv("MORPHOGEN_DATA", str(place))
     found = run("tasks", cwd=tmp_path)
     assert found.returncode == 0
-    for word in ("digits", "mnist1d", "3,200", "1,000", "block1"):
-        assert word in found.stdout
+    lines = {line.split()[0]: line for line in found.stdout.splitlines()[2:] if ":" not in line.split()[0]}
+    assert "comes with morphogen" in lines["mnist1d"]
+    assert "perplexity" in lines["text"] and "not here" not in lines["text"]
+    assert "not here" in lines["cifar10_deep"]
+    assert "mnist1d: MNIST-1D" in found.stdout
+    assert found.stdout.count("To get cifar10: ") == 1 and "To get sotu" not in found.stdout
+    assert [path.name for path in place.rglob("*")] == ["sotu", "sotu.txt.gz"], "data was generated"
+
+
+def test_grow_without_its_data_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MORPHOGEN_DATA", str(tmp_path))
+    found = run("grow", "--task", "cifar10", "--out", "run", cwd=tmp_path)
+    assert found.returncode == 1
+    assert not (tmp_path / "run").exists()
+    assert "cifar10: no complete data in" in found.stderr and "cifar-10-binary.tar.gz" in found.stderr
+    assert "Traceback" not in found.stderr
 
 
 def test_grow_prints_the_table_and_exits_with_zero(tmp_path: Path) -> None:

@@ -24,6 +24,13 @@ SOWING = Sowing(blueprint="low_rank", blend_ticks=2)
 CONFIGS = (
     LENIENT,
     GrowthConfig(embargo_ticks=0, gates=GateConfig(min_training_ticks=1, min_blending_ticks=1, min_contribution=0.1)),
+    GrowthConfig(
+        pruned_ticks=1,
+        embargo_ticks=1,
+        gates=GateConfig(
+            min_training_ticks=1, min_blending_ticks=1, min_gradient_ratio=0.1, min_contribution=0.1, contribution_z=5.0
+        ),
+    ),
 )
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from morphogen.control import Observation, SlotView, view_slots
-from morphogen.growth import GrowableModel, Stage
+from morphogen.growth import Check, GrowableModel, Stage
 from morphogen.testing import HostCase, lead_to
 
 CASE = HostCase("NC")
@@ -34,6 +34,7 @@ def test_a_dormant_slot_has_nothing_measured() -> None:
         tried=(),
         contribution=None,
         contribution_error=None,
+        refusals=(),
     )
 
 
@@ -56,12 +57,14 @@ def test_the_gate_is_seen_as_an_action_would_find_it() -> None:
     assert view(model).gate_open, "GERMINATED asks nothing"
     model.advance("early")
     assert not view(model).gate_open, "no gradient was measured"
+    assert view(model).refusals == model.advance("early").refusals == (Check.FINITE, Check.GRADIENT)
     lead_to(model, "early", Stage.HOLDING, CASE.example())
     assert not view(model).gate_open, "no contribution was measured"
+    assert view(model).refusals == model.fossilize("early").refusals != ()
     model(CASE.example()).square().mean().backward()
     model.sense()
     model.record_contribution("early", 1.0, 0.0)
-    assert view(model).gate_open
+    assert view(model).gate_open and view(model).refusals == ()
     assert model.fossilize("early").passed
     assert not view(model).gate_open
 
@@ -73,6 +76,7 @@ def test_a_seed_on_its_way_out_has_no_open_gate() -> None:
     model.prune("early", over=3)
     seen = view(model)
     assert (seen.stage, seen.is_pruning, seen.at_rest, seen.gate_open) == (Stage.BLENDING, True, False, False)
+    assert seen.refusals == (), "there is no gate that it could pass"
     assert seen.is_live and 0.0 < seen.alpha <= 1.0
     for _ in range(3):
         model.tick()

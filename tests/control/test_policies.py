@@ -24,8 +24,11 @@ from morphogen.control import (
     SlotView,
     Wait,
     action_mask,
+    execute,
+    view_slots,
 )
-from morphogen.growth import Sowing, Stage
+from morphogen.growth import Check, GrowthConfig, Sowing, Stage
+from morphogen.testing import HostCase
 from morphogen.testing.policies import check_policy, reachable_situations, some_sowings
 
 FIRST, SECOND = Sowing(blueprint="mlp"), Sowing(blueprint="norm", operator="gate")
@@ -212,6 +215,64 @@ HEURISTIC_TABLE: list[tuple[str, list[SlotView], int, Action]] = [
         99,
         Action(op=Op.FOSSILIZE, slot="a", reason="contributes +0.020"),
     ),
+    (
+        "a seed that helps, with an error",
+        [slot(gate_open=True, contribution=0.02, contribution_error=0.004, **HOLDING)],
+        99,
+        Action(op=Op.FOSSILIZE, slot="a", reason="contributes +0.020 with a standard error of 0.004"),
+    ),
+    (
+        "a seed that seems to help, but the gate asks for a smaller error",
+        [slot(contribution=0.02, contribution_error=0.03, ticks_in_stage=4, refusals=(Check.CONTRIBUTION,), **HOLDING)],
+        99,
+        Action(op=Op.PRUNE, slot="a", over=3, reason="contributes +0.020 with a standard error of 0.030 only"),
+    ),
+    (
+        "a training seed that gets no gradient",
+        [slot("a", Stage.TRAINING, ticks_in_stage=4, refusals=(Check.FINITE, Check.GRADIENT))],
+        0,
+        Action(
+            op=Op.PRUNE,
+            slot="a",
+            reason="stuck in training, lacks finite parameters and gradients, a measured, non-zero gradient",
+        ),
+    ),
+    (
+        "a training seed that gets no gradient yet",
+        [slot("a", Stage.TRAINING, ticks_in_stage=3, refusals=(Check.GRADIENT,))],
+        99,
+        Action(),
+    ),
+    (
+        "a training seed that has to wait",
+        [slot("a", Stage.TRAINING, ticks_in_stage=9, refusals=(Check.DWELL, Check.GRADIENT))],
+        99,
+        Action(),
+    ),
+    (
+        "a training seed whose gate is open, late",
+        [slot("a", Stage.TRAINING, ticks_in_stage=9, gate_open=True)],
+        99,
+        Action(op=Op.ADVANCE, slot="a", reason="gate open"),
+    ),
+    (
+        "a blending seed off its target and at rest",
+        [slot("a", Stage.BLENDING, ticks_in_stage=4, refusals=(Check.ALPHA_AT_TARGET,))],
+        99,
+        Action(op=Op.PRUNE, slot="a", over=3, reason="stuck in blending, lacks alpha at its target"),
+    ),
+    (
+        "a blending seed on a long ramp",
+        [slot("a", Stage.BLENDING, ticks_in_stage=9, at_rest=False, refusals=(Check.ALPHA_AT_TARGET, Check.AT_REST))],
+        99,
+        Action(),
+    ),
+    (
+        "a seed on its way out",
+        [slot("a", Stage.BLENDING, ticks_in_stage=9, at_rest=False, is_pruning=True)],
+        99,
+        Action(),
+    ),
     ("a seed that helps behind a closed gate", [slot(contribution=0.02, **HOLDING)], 99, Action()),
     ("a seed that helps too little yet", [slot(gate_open=True, contribution=0.005, **HOLDING)], 99, Action()),
     (
@@ -254,6 +315,22 @@ def test_the_knobs_of_the_heuristic_do_what_they_say() -> None:
     assert decide(Heuristic(BOTH, min_contribution=0.03, patience_ticks=5), helps, tick=99).op is Op.WAIT
     assert decide(Heuristic(BOTH, sow_until=0.9), slot(), tick=89).op is Op.GERMINATE
     assert decide(Heuristic(BOTH, max_developing=1), slot(), slot("b", Stage.TRAINING)).op is Op.WAIT
+
+
+def test_a_seed_that_can_not_learn_makes_room() -> None:
+    """On a real model: the host's gradient never reaches the seed, its gate stays shut, and the policy gives it up."""
+    case = HostCase("NC")
+    model = case.model(config=GrowthConfig())
+    policy, reasons = Heuristic(BOTH, max_developing=1, sow_until=0.5), list[str]()
+    for tick in range(12):
+        model.tick()
+        observation = Observation(tick=tick, total_ticks=12, metric=0.5, slots=view_slots(model))
+        action = policy.act(observation, action_mask(observation.slots), np.random.default_rng(0))
+        execute(model, action)
+        if action.op is Op.PRUNE:
+            reasons.append(action.reason)
+    assert reasons[0] == "stuck in training, lacks finite parameters and gradients, a measured, non-zero gradient"
+    assert model.slot("early").state.pruned_blueprints == ("mlp",)
 
 
 # -- the baselines --------------------------------------------------------------------------------------------------

@@ -215,8 +215,8 @@ def test_a_structure_of_another_model_is_refused(kit: Any, tmp_path: Path, misfi
     ("change", "match"),
     [
         (lambda t: {**t, "format": 99}, "format 2, got 99"),
-        (lambda t: [t], "format 1, got list"),
-        (lambda t: None, "format 1, got NoneType"),
+        (lambda t: [t], "format 2, got list"),
+        (lambda t: None, "format 2, got NoneType"),
         (lambda t: edited(t, "blueprint", "conv9x9"), "`blueprint` must be one of"),
         (lambda t: edited(t, "options", {"depth": 3}), "`options` of 'mlp'"),
         (lambda t: edited(t, "stage", "SLEEPING"), "slot 'early'.*SLEEPING"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -131,7 +132,7 @@ def test_export_in_every_stage_is_what_the_model_computes(case: HostCase, live_s
     assert any("seed" in name for name in plain.state_dict()) == acts
     assert not any(part._forward_hooks for part in plain.modules())
     grown = plain.get_submodule("norm") if acts else plain
-    assert modules_of(grown) <= {"torch", "morphogen"} and (not acts or modules_of(grown) == {"torch"})
+    assert modules_of(grown) == modules_of(plain) == {"torch"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -362,16 +363,48 @@ def test_a_submodule_with_two_names_is_grown_under_both() -> None:
         assert torch.equal(model.export()(inputs), model(inputs))
 
 
-def test_a_host_that_cannot_be_exported_is_told_so(kit: Any) -> None:
-    class UsesAttributes(nn.Module):
-        """A tied head: reads the weight of the grown submodule."""
+class Looks(nn.Module):
+    """Reads the weight and a plain attribute of the grown submodule, as a tied head does."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.map(x) @ self.map.weight / self.map.in_features
+
+
+def test_a_host_may_read_the_parts_of_a_grown_submodule(tmp_path: Path) -> None:
+    inputs = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    for points in ({"a": "map"}, {"a": "map", "b": "map"}):
+        model = GrowableModel(Looks(), points, inputs, config=LENIENT)
+        for slot in points:
+            model.germinate(slot, "mlp")
+            lead_to(model, slot, Stage.FOSSILIZED, inputs)
+        for parameter in model.slots.parameters():
+            nn.init.normal_(parameter, std=0.5, generator=torch.Generator().manual_seed(0))
+        plain = model.eval().export()
+        for each in (plain, copy.deepcopy(plain)):
+            assert torch.equal(each(inputs), model(inputs))
+            assert len(list(each.parameters())) == len(list(model.parameters()))
+            optimizer = torch.optim.SGD(each.parameters(), lr=0.1)
+            each(inputs).square().sum().backward()
+            optimizer.step()
+            assert each.map.weight is next(each.map.base.parameters() if len(points) == 1 else each.map.base.base.parameters())
+
+
+def test_a_host_that_cannot_be_exported_is_told_so(kit: Any) -> None:
+    class Helps(nn.Linear):
+        def help(self) -> int:
+            return 1
+
+    class UsesMethods(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.map = nn.Linear(6, 6)
+            self.map = Helps(6, 6)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.map(x) @ self.map.weight
+            return self.map(x) * self.map.help()
 
     class Hides(nn.Module):
         """Calls a submodule through a list that is no ModuleList."""
@@ -385,9 +418,28 @@ def test_a_host_that_cannot_be_exported_is_told_so(kit: Any) -> None:
             return self.hidden[0](x)
 
     inputs = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
-    for host, match in ((UsesAttributes(), "no attribute .weight."), (Hides(), "must compute what the model does")):
+    for host, match in ((UsesMethods(), "no attribute 'help'.*methods"), (Hides(), "must compute what the model does")):
         model = grown_alone(host, "map", inputs)
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        hooks = [list(part._forward_hooks) for part in model.modules()]
         with pytest.raises(SlotError, match=match):
             model.export()
         assert kit.same(before, dict(model.state_dict()))
+        assert hooks == [list(part._forward_hooks) for part in model.modules()]
+
+
+class Untraceable(nn.Module):
+    __module__ = "morphogen.made_up"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.map(x) if bool(x.sum() > 0) else x
+
+
+def test_a_class_of_ours_that_cannot_be_traced_is_named() -> None:
+    model = grown_alone(Untraceable(), "map", torch.ones(2, 6))
+    with pytest.raises(SlotError, match="class Untraceable cannot be exported, as its forward cannot be traced"):
+        model.export()

@@ -59,7 +59,11 @@ def odd_blueprints(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 FAILURES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"blueprint": "conv3x4"}, ValueError, "`blueprint` must be one of .*got 'conv3x4'. Did you mean 'conv3x3'"),
-    ({"blueprint": "conv1d"}, ValueError, "`blueprint` must work on layout NCHW, got 'conv1d' for NCL. Use one of: conv3x3"),
+    (
+        {"blueprint": "conv1d"},
+        ValueError,
+        "`blueprint` must work on layout NCHW, got 'conv1d' for NCL, NLC. Use one of: bottleneck",
+    ),
     ({"blueprint": "mlp", "options": {"rank": 2}}, ValueError, r"`options` of 'mlp' must be among \['expansion'\]"),
     ({"blueprint": "mlp", "operator": "multiply"}, ValueError, "`operator` must be one of add, scale, gate"),
     ({"blueprint": Sowing(blueprint="mlp"), "operator": "gate"}, ValueError, "must be left out with a Sowing"),

@@ -1,4 +1,4 @@
-"""Operators: the formulas, against a naive oracle; one gate value per sample."""
+"""Operators: the formulas, against a naive oracle; one gate value per sample, in a sequence one per position."""
 
 from __future__ import annotations
 
@@ -16,17 +16,22 @@ from morphogen.testing import BlueprintCase
 CASES = [(operator, layout) for operator in OPERATORS for layout in LAYOUTS]
 
 
-def naive_gate(seed: Seed, feature: Tensor, layout: Layout, sample: int) -> float:
-    """g of one sample, by loops over channels and hidden units."""
+def naive_gate(seed: Seed, channels: Tensor) -> float:
+    """g of what ``channels`` (C) holds, by loops over channels and hidden units."""
     assert seed.gate is not None
-    one = feature[sample]
-    channels = one if layout == "NC" else one.mean(0) if layout == "NLC" else one.flatten(1).mean(1)
     inner, outer = seed.gate.inner, seed.gate.outer
     z = float(outer.bias[0])
     for unit in range(inner.out_features):
         u = float(inner.bias[unit]) + sum(float(w * c) for w, c in zip(inner.weight[unit], channels, strict=True))
         z += float(outer.weight[0, unit]) * u * 0.5 * (1.0 + math.erf(u / math.sqrt(2.0)))
     return 1.0 / (1.0 + math.exp(-z))
+
+
+def gates(seed: Seed, sample: Tensor, layout: Layout) -> Tensor:
+    """g of one sample: a number, or (L, 1) in a sequence."""
+    if layout == "NLC":
+        return torch.tensor([[naive_gate(seed, position)] for position in sample], dtype=sample.dtype)
+    return torch.tensor(naive_gate(seed, sample if layout == "NC" else sample.flatten(1).mean(1)), dtype=sample.dtype)
 
 
 @pytest.mark.parametrize(("operator", "layout"), CASES)
@@ -39,7 +44,7 @@ def test_the_residual_is_what_the_table_says(operator: Operator, layout: Layout)
             expected = {
                 "add": lambda i: s[i],
                 "scale": lambda i: feature[i] * torch.tanh(s[i]),
-                "gate": lambda i: naive_gate(seed, feature, layout, i) * s[i],
+                "gate": lambda i: gates(seed, feature[i], layout) * s[i],
             }[operator](sample)
             torch.testing.assert_close(r[sample], expected, rtol=1e-9, atol=1e-12)
 
@@ -50,9 +55,9 @@ def test_the_gate_is_one_half_at_birth_and_differs_between_samples_later(layout:
     newborn, grown = case.seed().gate, case.grown_seed().gate
     assert newborn is not None and grown is not None
     feature = case.feature()
-    shape = (len(feature), *(1 for _ in feature.shape[1:]))
+    shape = (*feature.shape[:2], 1) if layout == "NLC" else (len(feature), *(1 for _ in feature.shape[1:]))
     assert newborn(feature).shape == shape and bool((newborn(feature) == 0.5).all())
-    assert len(set(grown(feature).flatten().tolist())) == len(feature)
+    assert len(set(grown(feature).flatten().tolist())) == math.prod(shape)
 
 
 @pytest.mark.parametrize("operator", ["add", "scale"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from morphogen.errors import SlotError
-from morphogen.growth import GrowableModel, GrowthPoint
+from morphogen.growth import GrowableModel, GrowthPoint, Stage
 from morphogen.testing import HostCase, check_host, host_cases
 
 
@@ -89,22 +91,55 @@ def test_a_host_that_fails_on_the_example_is_as_before() -> None:
         ({"a": "zzz"}, SlotError, "named_modules"),
         ({"a": "unused"}, SlotError, "slot 'a': submodule `unused` must be called once.*was called 0 times"),
         ({"a": "twice"}, SlotError, "was called 2 times"),
-        ({"a": "pair"}, SlotError, "must return a tensor, returns tuple"),
+        (
+            {"a": "pair"},
+            SlotError,
+            r"slot 'a': submodule `pair` must return a tensor, returned tuple. Give GrowthPoint\('pair', outp",
+        ),
         ({"a b": "norm"}, ValueError, "identifier.*'a b'"),
         ({"host": "norm"}, ValueError, "identifier.*'host'"),
         ({"a.b": "norm"}, ValueError, "identifier"),
+        ({"train": "norm"}, ValueError, "no attribute of nn.ModuleDict, got 'train'"),
         ({"a": GrowthPoint("norm", layout="NCHW")}, SlotError, r"slot 'a'.*layout NCHW.*\(3, 8\)"),
     ],
 )
-def test_a_wrong_point_is_named(points: dict[str, Any], error: type[Exception], match: str) -> None:
+def test_a_wrong_point_is_named(kit: Any, points: dict[str, Any], error: type[Exception], match: str) -> None:
     host = Awkward()
+    before, modes, chance = copy.deepcopy(host.state_dict()), [part.training for part in host.modules()], kit.chance()
     with pytest.raises(error, match=match):
         GrowableModel(host, points, EXAMPLE)
-    assert not any(part._forward_hooks for part in host.modules())
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in host.modules())
+    assert kit.same(before, host.state_dict()) and kit.same(chance, kit.chance())
+    assert modes == [part.training for part in host.modules()]
+
+
+MISUSES: dict[str, tuple[Callable[[GrowableModel], object], str]] = {
+    "unknown slot": (lambda model: model.germinate("erly", "mlp"), "`slot` must be one of early, late, got 'erly'"),
+    "advance nothing": (lambda model: model.advance("late"), "slot 'late' .*dormant"),
+    "fossilize nothing": (lambda model: model.fossilize("late"), "slot 'late' .*dormant"),
+    "prune nothing": (lambda model: model.prune("late"), "slot 'late' .*dormant"),
+    "retarget nothing": (lambda model: model.set_alpha_target("late", 0.5), "slot 'late' .*dormant"),
+    "excise nothing": (lambda model: model.excise("late"), "slot 'late' .*dormant"),
+    "germinate twice": (lambda model: model.germinate("early", "mlp"), "slot 'early' must be dormant to germinate"),
+    "fossilize too early": (lambda model: model.fossilize("early"), "slot 'early' .*training"),
+    "override nothing": (lambda model: model(HostCase("NCHW").example(), alphas={"late": 0.0}), "slot 'late' .*dormant"),
+}
+
+
+@pytest.mark.parametrize("misuse", MISUSES)
+def test_a_misuse_is_one_error_and_changes_nothing(kit: Any, misuse: str) -> None:
+    run = kit.run(HostCase("NCHW"))
+    run.sow("early", "mlp", Stage.TRAINING)
+    run.steps(2)
+    before = run.contents()
+    operation, match = MISUSES[misuse]
+    with pytest.raises(SlotError, match=match):
+        operation(run.model)
+    assert kit.differences(before, run.contents()) == []
 
 
 def test_an_unknown_layout_is_refused() -> None:
-    with pytest.raises(ValueError, match="`layout` must be one of NC, NCL, NLC, NCHW, got 'NHWC'"):
+    with pytest.raises(ValueError, match="`layout` must be one of NC, NCL, NLC, NCHW, LNC, got 'NHWC'"):
         GrowthPoint("norm", layout="NHWC")
 
 

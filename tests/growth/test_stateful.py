@@ -12,15 +12,29 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from torch import nn
 
 from morphogen.errors import SlotError
 from morphogen.growth import Sowing, Stage
 from morphogen.growth.lifecycle import ACTING, LIVE, NEXT_STAGE, OPERATORS, SlotState
 from morphogen.growth.ramps import CURVES
 from morphogen.growth.topology import read_topology
+from morphogen.state import draw_from
 from morphogen.testing import LENIENT, HostCase
 
-CASE = HostCase("NLC")
+
+class PairCase(HostCase):
+    """A host whose second growth point holds two layers with hidden units between."""
+
+    def build(self, seed: int = 0) -> nn.Module:
+        host = super().build(seed)
+        with draw_from(torch.Generator().manual_seed(seed + 1)):
+            host.body = nn.Sequential(nn.Linear(self.width, 5), nn.GELU(), nn.Linear(5, self.width))
+        return host
+
+
+CASE = PairCase("NLC")
+FOLDABLE = {"early": {"norm"}, "late": {"low_rank", "norm", "widen"}}
 CONFIG = LENIENT.replace(pruned_ticks=1, embargo_ticks=1, resetting_ticks=1)
 LEGAL_MOVES = {
     Stage.DORMANT: {Stage.GERMINATED},
@@ -28,7 +42,7 @@ LEGAL_MOVES = {
     Stage.TRAINING: {Stage.BLENDING, Stage.PRUNED},
     Stage.BLENDING: {Stage.HOLDING, Stage.PRUNED},
     Stage.HOLDING: {Stage.BLENDING, Stage.FOSSILIZED, Stage.PRUNED},
-    Stage.FOSSILIZED: {Stage.PRUNED},
+    Stage.FOSSILIZED: {Stage.PRUNED, Stage.DORMANT},
     Stage.PRUNED: {Stage.EMBARGOED},
     Stage.EMBARGOED: {Stage.RESETTING},
     Stage.RESETTING: {Stage.DORMANT},
@@ -56,15 +70,16 @@ class Growth(RuleBasedStateMachine):
         freeze=st.booleans(),
         early=st.sampled_from(Stage),
         late=st.sampled_from(Stage),
+        seed=st.sampled_from([("mlp", "gate"), ("norm", "add")]),
     )
-    def start(self, optimizer: str, freeze: bool, early: Stage, late: Stage) -> None:
+    def start(self, optimizer: str, freeze: bool, early: Stage, late: Stage, seed: tuple[str, Any]) -> None:
         self.config = CONFIG.replace(freeze_fossils=freeze)
         self.optimizer = optimizer
         self.run = self.kit.run(CASE, optimizer, self.config)
         self.saved: list[Saved] = []
         for slot, stage in (("early", early), ("late", late)):
             if stage is not Stage.DORMANT:
-                self.run.sow(slot, "mlp", stage, operator="gate")
+                self.run.sow(slot, seed[0], stage, operator=seed[1])
         self.run.step()
         self.before = self.states()
 
@@ -85,10 +100,16 @@ class Growth(RuleBasedStateMachine):
         model = self.run.model
         return self.states(), model.clock, sorted(self.run.members()), [id(p) for p in model.parameters()]
 
-    @rule(slot=slots, blueprint=st.sampled_from(["low_rank", "mlp", "norm"]), operator=st.sampled_from(OPERATORS), over=ticks)
+    @rule(
+        slot=slots,
+        blueprint=st.sampled_from(["low_rank", "mlp", "norm", "widen"]),
+        operator=st.sampled_from(OPERATORS),
+        over=ticks,
+    )
     def germinate(self, slot: str, blueprint: str, operator: Any, over: int) -> None:
-        sowing = Sowing(blueprint=blueprint, operator=operator, blend_ticks=max(1, over))
-        legal = self.run.model.stages()[slot] is Stage.DORMANT
+        options = {"units": 2} if blueprint == "widen" else {}
+        sowing = Sowing(blueprint=blueprint, operator=operator, blend_ticks=max(1, over), options=options)
+        legal = self.run.model.stages()[slot] is Stage.DORMANT and (blueprint != "widen" or slot == "late")
         self.attempt(slot, legal, lambda: self.run.model.germinate(slot, sowing))
 
     @rule(slot=slots)
@@ -124,6 +145,21 @@ class Growth(RuleBasedStateMachine):
     def excise(self, slot: str) -> None:
         legal = self.run.model.stages()[slot] is Stage.FOSSILIZED
         self.attempt(slot, legal, lambda: self.run.model.excise(slot))
+
+    @rule(slot=slots)
+    def merge(self, slot: str) -> None:
+        state, model = self.states()[slot], self.run.model
+        foldable = state.operator == "add" and state.blueprint in FOLDABLE[slot]
+        inputs = CASE.example(seed=5)
+        expected = copy.deepcopy(model).eval()(inputs).detach()
+        self.attempt(slot, state.stage is Stage.FOSSILIZED and foldable, lambda: model.merge(slot))
+        torch.testing.assert_close(copy.deepcopy(model).eval()(inputs).detach(), expected, rtol=1e-4, atol=1e-5)
+
+    @rule(blueprint=st.sampled_from(["low_rank", "norm", "widen"]), alpha=alphas)
+    def grow_for_good(self, blueprint: str, alpha: float) -> None:
+        """Lead a seed to where it can be merged, so that this is reached often."""
+        if self.run.model.stages()["late"] is Stage.DORMANT:
+            self.run.sow("late", blueprint, Stage.FOSSILIZED, alpha_target=alpha)
 
     @rule(count=st.integers(1, 3))
     def tick(self, count: int) -> None:
@@ -218,7 +254,9 @@ class Growth(RuleBasedStateMachine):
         if any(state.stage in ACTING for state in self.states().values()):
             return
         bare = CASE.build()
-        bare.load_state_dict(self.run.model.host.state_dict())
+        for path, part in self.run.model.host.named_modules():
+            for name, parameter in part.named_parameters(recurse=False):
+                setattr(bare.get_submodule(path), name, nn.Parameter(parameter.detach().clone()))
         inputs = CASE.example(seed=4)
         assert self.kit.same(self.run.model(inputs).detach(), bare(inputs).detach())
 

@@ -189,7 +189,8 @@ def test_a_nan_reward_changes_nothing_and_training_goes_on(kit: Any, algorithm: 
 
 
 def test_without_a_governor_a_nan_reward_ruins_the_run(kit: Any) -> None:
-    with pytest.raises(ValueError, match="invalid values"):
+    # Which of the two depends on whether somebody in the process has turned the checks of torch.distributions off.
+    with pytest.raises((ValueError, RuntimeError), match="invalid values|inf"):
         Run(kit, bad=[330], governed=False)
 
 

@@ -168,7 +168,10 @@ def test_mnist1d_is_the_published_set(shared_cache: Path, monkeypatch: pytest.Mo
         (torch.tensor(1.0), torch.tensor(1), ValueError, "one class per row"),
         (torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64), ValueError, "at least one example"),
         (torch.zeros(3, 2), torch.zeros(3, dtype=torch.int32), TypeError, "must be int64, got torch.int32"),
-        (torch.zeros(3, 2, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64), TypeError, "floating point"),
+        (torch.zeros(3, 2, dtype=torch.bool), torch.zeros(3, dtype=torch.int64), TypeError, "floating point or tokens"),
+        (torch.zeros(3, 2, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64), TypeError, "must be uint8, got torch.int64"),
+        (torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), ValueError, "a token for each token"),
+        (torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, 1, dtype=torch.int64), ValueError, "a token for each token"),
         (torch.zeros(3, 2), torch.zeros(3, dtype=torch.int64, device="meta"), ValueError, "got meta and cpu"),
     ],
 )
@@ -189,6 +192,26 @@ def test_splits_that_do_not_fit_each_other_are_refused() -> None:
         TaskData(good, good, good, num_classes=2)
     with pytest.raises(ValueError, match=r"`decision.targets` must lie in \[0, 3\), got -1 to 2"):
         TaskData(good, Split(good.inputs, torch.tensor([-1, 0, 2])), good, num_classes=3)
+
+
+def test_rows_are_what_a_network_takes(source: Source) -> None:
+    split = source().train
+    inputs, targets = split.rows(torch.tensor([4, 1]))
+    assert torch.equal(inputs, split.inputs[[4, 1]]) and torch.equal(targets, split.targets[[4, 1]])
+    inputs, targets = split.rows(slice(2, 4))
+    assert torch.equal(inputs, split.inputs[2:4]) and torch.equal(targets, split.targets[2:4])
+    for dtype in (torch.uint8, torch.int16, torch.int32, torch.int64):
+        tokens = torch.arange(6, dtype=dtype).reshape(2, 3)
+        widened = Split(tokens, tokens).rows(slice(1))
+        assert all(part.dtype == torch.int64 and part.tolist() == [[0, 1, 2]] for part in widened)
+
+
+def test_tokens_out_of_the_vocabulary_are_refused() -> None:
+    tokens = torch.arange(6, dtype=torch.uint8).reshape(2, 3)
+    good = Split(tokens, tokens)
+    assert TaskData(good, good, good, num_classes=6).to("cpu").train.inputs.dtype == torch.uint8
+    with pytest.raises(ValueError, match=r"`train.targets` must lie in \[0, 5\), got 0 to 5"):
+        TaskData(good, good, good, num_classes=5)
 
 
 def test_data_moves_whole(source: Source) -> None:

@@ -15,7 +15,7 @@ from tyro.conf import Positional, arg
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tasks:
-    """List the built-in tasks with their sizes."""
+    """List the built-in tasks, and whether their data is here or how to get it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from morphogen.growth import GrowableModel, Stage
-from morphogen.growth.gates import Reading, gate_into
+from morphogen.growth.gates import Check, Reading, gate_into
 from morphogen.growth.lifecycle import LIVE, NEXT_STAGE
 
 
@@ -21,6 +21,7 @@ class SlotView:
         at_rest: Whether no ramp is under way.
         is_pruning: Whether a ramp towards removal is under way.
         gate_open: Whether ADVANCE, or FOSSILIZE for a holding seed, would pass its gate now.
+        refusals: What that gate lacks; empty where it is open, and where there is none.
         blueprint: Of the seed, or of the one cooling down.
         tried: Blueprints that were pruned here before, oldest first.
         contribution: Metric with the slot minus metric without; None if not measured at this clock.
@@ -38,6 +39,7 @@ class SlotView:
     tried: tuple[str, ...]
     contribution: float | None
     contribution_error: float | None
+    refusals: tuple[Check, ...] = ()
 
     @property
     def is_live(self) -> bool:
@@ -76,9 +78,9 @@ def _view(model: GrowableModel, name: str) -> SlotView:
     slot = model.slot(name)
     state, sensors = slot.state, slot.sensors
     into = Stage.FOSSILIZED if state.stage is Stage.HOLDING else NEXT_STAGE.get(state.stage)
-    gate_open = into is not None and not state.is_pruning
-    if gate_open and into is not None:
-        gate_open = gate_into(into, state, sensors, model.clock, model.config.gates).passed
+    gate = None
+    if into is not None and not state.is_pruning:
+        gate = gate_into(into, state, sensors, model.clock, model.config.gates)
     return SlotView(
         name=name,
         stage=state.stage,
@@ -86,7 +88,8 @@ def _view(model: GrowableModel, name: str) -> SlotView:
         alpha=state.alpha,
         at_rest=state.ramp is None,
         is_pruning=state.is_pruning,
-        gate_open=gate_open,
+        gate_open=gate is not None and gate.passed,
+        refusals=() if gate is None else gate.refusals,
         blueprint=state.blueprint,
         tried=state.pruned_blueprints,
         contribution=_now(sensors.contribution, model.clock),

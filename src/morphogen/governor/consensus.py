@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from morphogen.errors import StateMismatch
+from morphogen.state.processes import exchange_device, group_of
 
 LOW_IS_WORSE = frozenset({"output_spread", "prediction_entropy"})
 """Measured numbers of which the lowest of any process is the worst."""
@@ -33,10 +34,7 @@ class Consensus:
     @classmethod
     def of(cls, distributed: bool | dist.ProcessGroup) -> Consensus:
         """Return the consensus of a process group, or for True of all processes if there are several."""
-        if not isinstance(distributed, bool):
-            return cls(distributed)
-        several = distributed and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        return cls(dist.group.WORLD if several else None)
+        return cls(group_of(distributed))
 
     def worst(
         self, rows: Sequence[Mapping[str, float]], names: Sequence[str], where: Mapping[str, int]
@@ -58,7 +56,7 @@ class Consensus:
         packed = [entry for count in where.values() for entry in (float(count), -float(count))]
         for row in rows:
             packed += [entry for name in columns for entry in _packed(name, row.get(name))]
-        reduced = torch.tensor(packed, dtype=torch.float64, device=self._device())
+        reduced = torch.tensor(packed, dtype=torch.float64, device=exchange_device(self.group))
         dist.all_reduce(reduced, op=dist.ReduceOp.MAX, group=self.group)
         entries = iter(reduced.tolist())
         for what in where:
@@ -71,7 +69,7 @@ class Consensus:
         local = list(flags)
         if self.group is None or not local:
             return local
-        packed = torch.tensor(local, dtype=torch.float32, device=self._device())
+        packed = torch.tensor(local, dtype=torch.float32, device=exchange_device(self.group))
         dist.all_reduce(packed, op=dist.ReduceOp.MAX, group=self.group)
         return [value > 0.0 for value in packed.tolist()]
 
@@ -83,15 +81,9 @@ class Consensus:
         """
         if self.group is None:
             return
-        packed = torch.tensor([value, -value], dtype=torch.int64, device=self._device())
+        packed = torch.tensor([value, -value], dtype=torch.int64, device=exchange_device(self.group))
         dist.all_reduce(packed, op=dist.ReduceOp.MAX, group=self.group)
         _refuse_different(what, int(packed[0]), -int(packed[1]))
-
-    def _device(self) -> torch.device:
-        """Return where the group's backend wants its tensors."""
-        if dist.get_backend(self.group) != dist.Backend.NCCL:
-            return torch.device("cpu")
-        return torch.device("cuda", torch.cuda.current_device())
 
 
 def _packed(name: str, value: float | None) -> tuple[float, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from collections.abc import Callable, Mapping
 
 from morphogen.growth.config import GateConfig
 from morphogen.growth.lifecycle import SlotState, Stage
@@ -41,10 +42,12 @@ class Check(enum.Enum):
 
     DWELL = "enough ticks in the stage"
     GRADIENT = "a measured, non-zero gradient"
+    GRADIENT_RATIO = "a large enough gradient, relative to the host's"
     FINITE = "finite parameters and gradients"
     ALPHA_AT_TARGET = "alpha at its target"
     AT_REST = "no ramp under way"
     CONTRIBUTION_MEASURED = "a fresh contribution"
+    CONTRIBUTION_ERROR = "a fresh standard error of the contribution"
     CONTRIBUTION = "a large enough contribution"
 
 
@@ -83,36 +86,99 @@ class GateResult:
 def gate_into(stage: Stage, state: SlotState, sensors: SlotSensors, clock: int, config: GateConfig) -> GateResult:
     """Return whether a seed may enter ``stage``, with every check made.
 
-    TRAINING asks nothing. BLENDING: dwell, a gradient, finite. HOLDING: dwell, alpha at its target, at rest. FOSSILIZED:
-    dwell, at rest, finite, a fresh contribution of at least ``min_contribution``.
+    TRAINING asks nothing. BLENDING: dwell, finite, a gradient, and with ``min_gradient_ratio`` one of that size relative to the
+    host's. HOLDING: dwell, alpha at its target, at rest. FOSSILIZED: dwell, finite, at rest, a fresh contribution; with z =
+    ``contribution_z``, contribution - z * contribution_error >= ``min_contribution``, and with z > 0 a fresh error.
+
+    Args:
+        stage: Where to.
+        state: Of a slot whose seed is in the stage before.
+        sensors: What is known of the seed; readings older than ``max_reading_age_ticks`` count as not measured.
+        clock: The present clock.
+        config: What is asked.
+
+    Raises:
+        ValueError: There is no gate from the state's stage into ``stage``.
+
+    Example:
+        >>> state = SlotState(stage=Stage.TRAINING, ticks_in_stage=9, germination=1, blueprint="norm")
+        >>> sensors = SlotSensors(finite=Reading(1.0, 20), gradient_norm=Reading(0.0, 20))
+        >>> gate_into(Stage.BLENDING, state, sensors, clock=20, config=GateConfig()).refusals
+        (<Check.GRADIENT: 'a measured, non-zero gradient'>,)
     """
-    dwell = {
-        Stage.BLENDING: config.min_training_ticks,
-        Stage.HOLDING: config.min_blending_ticks,
-        Stage.FOSSILIZED: config.min_holding_ticks,
-    }.get(stage)
-    if dwell is None:
-        return GateResult(stage, ())
-    checks = [CheckResult(Check.DWELL, state.ticks_in_stage >= dwell, state.ticks_in_stage, dwell)]
-    if stage in (Stage.BLENDING, Stage.FOSSILIZED):
-        finite = _fresh(sensors.finite, clock, config)
-        checks.append(CheckResult(Check.FINITE, finite == 1.0, finite, 1.0))
-    if stage is Stage.BLENDING:
-        gradient = _fresh(sensors.gradient_norm, clock, config)
-        checks.append(CheckResult(Check.GRADIENT, gradient is not None and gradient > 0.0, gradient, 0.0))
-    if stage is Stage.HOLDING:
-        checks.append(CheckResult(Check.ALPHA_AT_TARGET, state.alpha == state.alpha_target, state.alpha, state.alpha_target))
-    if stage in (Stage.HOLDING, Stage.FOSSILIZED):
-        checks.append(CheckResult(Check.AT_REST, state.ramp is None, None, None))
-    if stage is Stage.FOSSILIZED:
-        value = _fresh(sensors.contribution, clock, config)
-        least = config.min_contribution
-        checks.append(CheckResult(Check.CONTRIBUTION_MEASURED, value is not None, value, None))
-        checks.append(CheckResult(Check.CONTRIBUTION, value is not None and value >= least, value, least))
-    return GateResult(stage, tuple(checks))
+    if stage not in _GATES or state.stage is not _GATES[stage][0]:
+        passages = ", ".join(f"{before.name} to {into.name}" for into, (before, _) in _GATES.items())
+        raise ValueError(f"a gate must be one of {passages}, got {state.stage.name} to {stage.name}. Choose one of them.")
+    return GateResult(stage, _GATES[stage][1](state, _Known(sensors, clock, config.max_reading_age_ticks), config))
 
 
-def _fresh(reading: Reading | None, clock: int, config: GateConfig) -> float | None:
-    if reading is None or clock - reading.tick > config.max_reading_age_ticks:
-        return None
-    return reading.value
+@dataclasses.dataclass(frozen=True)
+class _Known:
+    """Sensors as they count now: a stale reading, or one from a later clock, is none."""
+
+    sensors: SlotSensors
+    clock: int
+    max_age_ticks: int
+
+    def __getitem__(self, name: str) -> float | None:
+        reading: Reading | None = getattr(self.sensors, name)
+        return reading.value if reading is not None and 0 <= self.clock - reading.tick <= self.max_age_ticks else None
+
+
+def _into_training(state: SlotState, known: _Known, config: GateConfig) -> tuple[CheckResult, ...]:
+    return ()
+
+
+def _into_blending(state: SlotState, known: _Known, config: GateConfig) -> tuple[CheckResult, ...]:
+    gradient, ratio, least = known["gradient_norm"], known["gradient_ratio"], config.min_gradient_ratio
+    checks = (
+        _dwell(state, config.min_training_ticks),
+        _finite(known),
+        CheckResult(Check.GRADIENT, gradient is not None and gradient > 0.0, gradient, 0.0),
+    )
+    if least == 0.0:
+        return checks
+    return (*checks, CheckResult(Check.GRADIENT_RATIO, ratio is not None and ratio >= least, ratio, least))
+
+
+def _into_holding(state: SlotState, known: _Known, config: GateConfig) -> tuple[CheckResult, ...]:
+    return (
+        _dwell(state, config.min_blending_ticks),
+        CheckResult(Check.ALPHA_AT_TARGET, state.alpha == state.alpha_target, state.alpha, state.alpha_target),
+        _at_rest(state),
+    )
+
+
+def _into_fossilized(state: SlotState, known: _Known, config: GateConfig) -> tuple[CheckResult, ...]:
+    value, error, least = known["contribution"], known["contribution_error"], config.min_contribution
+    checks = (
+        _dwell(state, config.min_holding_ticks),
+        _finite(known),
+        _at_rest(state),
+        CheckResult(Check.CONTRIBUTION_MEASURED, value is not None, value, None),
+    )
+    if config.contribution_z > 0.0:
+        checks = (*checks, CheckResult(Check.CONTRIBUTION_ERROR, error is not None, error, None))
+        value = None if value is None or error is None else value - config.contribution_z * error
+    return (*checks, CheckResult(Check.CONTRIBUTION, value is not None and value >= least, value, least))
+
+
+def _dwell(state: SlotState, least: int) -> CheckResult:
+    return CheckResult(Check.DWELL, state.ticks_in_stage >= least, state.ticks_in_stage, least)
+
+
+def _finite(known: _Known) -> CheckResult:
+    return CheckResult(Check.FINITE, known["finite"] == 1.0, known["finite"], 1.0)
+
+
+def _at_rest(state: SlotState) -> CheckResult:
+    return CheckResult(Check.AT_REST, state.ramp is None, None, None)
+
+
+_GATES: Mapping[Stage, tuple[Stage, Callable[[SlotState, _Known, GateConfig], tuple[CheckResult, ...]]]] = {
+    Stage.TRAINING: (Stage.GERMINATED, _into_training),
+    Stage.BLENDING: (Stage.TRAINING, _into_blending),
+    Stage.HOLDING: (Stage.BLENDING, _into_holding),
+    Stage.FOSSILIZED: (Stage.HOLDING, _into_fossilized),
+}
+"""Stage -> the one before, and what the gate between them asks."""

@@ -2,7 +2,10 @@
 
 Legend: h is the host's feature, r the seed's residual, g the gradient of the loss at the host's output h.
 
-Straight-through: the seed is fed h detached, and the output is h + (-0.0), which is h bit for bit, signed zeros included and
+Two incubators. *Shadow* (``shadow.py``) runs a second pass in which the seed acts and nothing else learns; the output there is
+h + alpha_target * r, and the seed's gradient that of the loss. *Straight-through* does with the ordinary pass:
+
+The seed is fed h detached, and the output is h + (-0.0), which is h bit for bit, signed zeros included and
 whatever r holds; on the way back g passes to the host untouched. The seed is given not g alone, along which r would grow
 without end since it never feels its own effect, but the gradient of
 
@@ -55,3 +58,27 @@ def _norm(tensor: Tensor) -> Tensor:
     """Return the length of ``tensor``, summed in at least single precision."""
     dtype = torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else None
     return torch.linalg.vector_norm(tensor, dtype=dtype)
+
+
+def finite_or_left_out(r: Tensor) -> Tensor:
+    """Return ``r``, or zeros if an element of it is not finite; its gradient is then NaN, for the sensors to see.
+
+    One broken seed would otherwise spoil the gradients of all that learn in the same pass.
+    """
+    found: Any = _FiniteOrLeftOut.apply(r)
+    return found
+
+
+class _FiniteOrLeftOut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, r: Tensor) -> Tensor:
+        """Decide on the device."""
+        finite = r.isfinite().all()
+        ctx.save_for_backward(finite)
+        return torch.where(finite, r, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return the gradient of ``r`` as it was used, else NaN."""
+        (finite,) = ctx.saved_tensors
+        return torch.where(finite, grad, torch.nan)

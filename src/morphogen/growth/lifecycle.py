@@ -2,6 +2,7 @@
 
     DORMANT -> GERMINATED -> TRAINING -> BLENDING <-> HOLDING -> FOSSILIZED
                any of these four -> PRUNED -> EMBARGOED -> RESETTING -> DORMANT
+               a fossil is cut out (-> PRUNED) or merged into the host (-> DORMANT)
 
 Every function takes a :class:`SlotState` and returns the next one, or raises :class:`SlotError` and changes nothing.
 """
@@ -252,6 +253,16 @@ def excised(state: SlotState, clock: int, reason: str) -> SlotState:
     if state.stage is not Stage.FOSSILIZED:
         raise SlotError(f"must hold a fossil to excise, is {state.stage.name.lower()}. Use prune for a live seed.")
     return _removed(state, clock, reason)
+
+
+def merged(state: SlotState, clock: int) -> SlotState:
+    """Return the state of a slot whose fossil became part of the host: dormant at once, as there is nothing to cool down."""
+    if state.stage is not Stage.FOSSILIZED:
+        raise SlotError(f"must hold a fossil to be merged, is {state.stage.name.lower()}. Fossilize the seed first.")
+    free = dataclasses.replace(
+        state, age_ticks=0, blueprint=None, options={}, alpha=0.0, ramp=None, prune_reason=None, frozen=False
+    )
+    return _moved(free, Stage.DORMANT, clock, "merged")
 
 
 def ticked(state: SlotState, clock: int, config: GrowthConfig) -> SlotState:

@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.utils import _pytree as pytree
 
 from morphogen.errors import SlotError
-from morphogen.growth import blueprints, lifecycle, sensing
+from morphogen.growth import lifecycle, sensing
+from morphogen.growth.caches import guard_caches
+from morphogen.growth.compiling import uncompiled
 from morphogen.growth.config import GrowthConfig
-from morphogen.growth.events import GateRefused, StageChanged
-from morphogen.growth.export import check_same, plain_module
+from morphogen.growth.distributed import GradientAverage, Processes, seed_parameters
+from morphogen.growth.events import GateRefused
+from morphogen.growth.export import exported
 from morphogen.growth.gates import GateResult, Reading, gate_into
-from morphogen.growth.lifecycle import ACTING, LIVE, NEXT_STAGE, Operator, SlotState, Sowing, Stage, Transition
+from morphogen.growth.germination import built_seed, example_like
+from morphogen.growth.host_changes import HostChanges, PlannedHost
+from morphogen.growth.lifecycle import ACTING, LIVE, NEXT_STAGE, Operator, SlotState, Sowing, Stage
+from morphogen.growth.merging import check_kept, edited, outputs_on, plan_merge
 from morphogen.growth.operators import Seed
 from morphogen.growth.points import HOST as HOST, GrowthPoint, sites_of
-from morphogen.growth.probing import Example, probe, try_out
+from morphogen.growth.probing import Example
 from morphogen.growth.ramps import Curve
+from morphogen.growth.shadow import ShadowPasses
 from morphogen.growth.slots import AlphaOverrides, SeedSlot, alpha_overrides
-from morphogen.growth.structure import Follower, Followers, PlannedStructure
-from morphogen.growth.topology import read_topology, topology_of
-from morphogen.state import RandomStreams, draw_from
+from morphogen.growth.structure import Follower, Followers, PlannedStructure, same_seed
+from morphogen.growth.topology import read_host, read_topology, topology_of
+from morphogen.state import RandomStreams
+from morphogen.state.surgery_grafts import Graft
 from morphogen.telemetry.events import Emit, Json, discard
 
 
@@ -44,10 +54,13 @@ class GrowableModel(nn.Module):
         config: Knobs.
         seed: Root of the random streams from which seeds are initialised.
         emit: Receives events.
+        distributed: Whether all processes grow one model together (see ``distributed.py``): True for all processes of
+            ``torch.distributed`` where it is initialised, or a process group. Each process does the same operations.
 
     Raises:
         SlotError: A point does not exist, is not called once, or returns no tensor of its layout; the host is lazy or
             belongs to another GrowableModel.
+        StateMismatch: The processes make different models.
         ValueError: ``points`` is empty, or a slot's name is not an identifier.
 
     Example:
@@ -68,19 +81,25 @@ class GrowableModel(nn.Module):
         config: GrowthConfig | None = None,
         seed: int = 0,
         emit: Emit = discard,
+        distributed: bool | dist.ProcessGroup = True,
     ) -> None:
         """Probe the points and attach a dormant slot to each."""
         super().__init__()
         self.clock = 0
         self._streams = RandomStreams(seed)
         self._example = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), example_input)
+        self._shadow_passes = ShadowPasses(self._streams.child("shadow"))
         self.followers = Followers(emit)
+        self.host_changes = HostChanges()
         sites = sites_of(host, points, example_input)
         self.host = host
         self.slots = nn.ModuleDict({name: SeedSlot(name, site) for name, site in sites.items()})
         self.config = config or GrowthConfig()
         for slot in self._slots().values():
             host.get_submodule(slot.site.path).register_forward_hook(slot.on_output)
+        guard_caches(host, self._slots())
+        self._processes = Processes.of(distributed, {"points": sites, "seed": seed, "config": self.config})
+        self._gradient_average = GradientAverage(self._processes, self.slots)
 
     def forward(self, *args: Any, alphas: AlphaOverrides | None = None, **kwargs: Any) -> Any:
         """Return the host's output on these arguments, seeds mixed in.
@@ -96,15 +115,50 @@ class GrowableModel(nn.Module):
         return self._with_alphas(alphas, args, kwargs)
 
     @property
+    def needs_shadow(self) -> bool:
+        """Whether a seed learns in :meth:`shadow` alone: one is in TRAINING, and ``config.incubator`` is "shadow"."""
+        return any(slot.mix == "shadow" for slot in self._slots().values())
+
+    def shadow(self) -> AbstractContextManager[None]:
+        """Return a block in which passes show the network with its incubating seeds at work, and train these alone.
+
+        Run the batch again in it and call ``backward``. Each seed in TRAINING acts at its alpha_target, on its feature
+        detached. All else is constant: no other ``.grad`` is touched, no other buffer written to (BatchNorm normalises as in
+        any pass), inputs are detached, and the global generators are as before afterwards. In eval mode without gradients it
+        shows what blending would do. Hooks of yours on the host run. What lies outside the model does take gradients. A
+        compiled model runs uncompiled. A seed whose residual is not finite is left out, with NaN for a gradient. Only forward
+        and backward passes belong in the block.
+
+        Raises:
+            ValueError: Seeds incubate, but ``config.incubator`` is not "shadow".
+            SlotError: No seed is in TRAINING, or a shadow pass is under way already, in this or another thread.
+
+        Example:
+            >>> import torch
+            >>> host = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+            >>> model = GrowableModel(host, {"early": "1"}, torch.zeros(2, 4), config=GrowthConfig(incubator="shadow"))
+            >>> _ = model.germinate("early", "low_rank"), model.advance("early")
+            >>> x = torch.ones(2, 4)
+            >>> model(x).square().mean().backward()
+            >>> if model.needs_shadow:
+            ...     with model.shadow():
+            ...         model(x).square().mean().backward()
+            >>> max(float(p.grad.abs().max()) for _, p in model.owners()["early"]) > 0
+            True
+        """
+        return self._shadow_passes.run(self, self.host, self._slots(), self.clock)
+
+    @property
     def config(self) -> GrowthConfig:
         """Knobs; assign another config to change them from now on."""
         return self._config
 
     @config.setter
     def config(self, config: GrowthConfig) -> None:
+        self._shadow_passes.check_none()
         self._config = config
         for slot in self._slots().values():
-            slot.incubation_ratio = config.incubation_ratio
+            slot.configure(config)
 
     # -- what there is ----------------------------------------------------------------------------------------------
 
@@ -236,6 +290,28 @@ class GrowableModel(nn.Module):
         state = self.slot(slot).state
         return self._move(slot, self._checked(slot, lambda: lifecycle.excised(state, self.clock, reason)))
 
+    def merge(self, slot: str) -> SlotState:
+        """Fold a fossil into the host's own parameters, and free the slot at once; return the slot's state.
+
+        The model computes the same as before, in train and eval mode, up to rounding. Foldable are, with operator "add",
+        "low_rank" on a submodule that is or ends in Linear or Conv, "norm" with running statistics also on one that ends in a
+        normalisation, and "widen" (see ``merging.py``). A parameter that grows stays the same object; its moments grow with
+        it. Gradients of changed parameters are dropped: merge between steps.
+
+        Raises:
+            SlotError: The slot holds no fossil, or one that cannot be folded here, with the reason; nothing was changed.
+        """
+        target, example = self.slot(slot), self._example_like_host()
+        state = self._checked(slot, lambda: lifecycle.merged(target.state, self.clock))
+        edit = plan_merge(self.host, target, self._slots(), self._processes.group is not None)
+        before = outputs_on(self, example)
+
+        def check() -> None:
+            check_kept(slot, before, outputs_on(self, example))
+
+        self._change({slot: (state, None)}, host=edited(self.host, self.host_changes, edit, check))
+        return state
+
     def tick(self) -> dict[str, Stage]:
         """Advance the one clock: ramps, dwell times, cooldowns. Seeds in incubation that are not finite are pruned.
 
@@ -253,16 +329,28 @@ class GrowableModel(nn.Module):
         self._change(changes, clock)
         return {name: stage for name, stage in self.stages().items() if stage is not before[name]}
 
-    def sense(self) -> None:
+    def sense(self, scaler: torch.amp.GradScaler | None = None) -> None:
         """Measure gradients of live seeds against the host's, from ``.grad`` as it is now; call after ``backward``.
 
-        One small transfer from the device for all seeds together. Gates read what was measured, with its clock.
+        One small transfer from the device for all seeds together. Gates read what was measured, with its clock. Several
+        processes measure together: readings are means over them.
+
+        Args:
+            scaler: With a gradient scaler, either pass it before ``scaler.step``, or leave it out and call this after
+                ``scaler.unscale_``. With it, an overflow while the scale can still go down is not held against a seed.
+
+        Raises:
+            ValueError: ``scaler`` has stepped already.
         """
-        sensing.sense_gradients(self.owners(), self._slots(), self.clock)
+        sensing.sense_gradients(self.owners(), self._slots(), self.clock, self._processes, scaler)
 
     def record_contribution(self, slot: str, value: float, error: float) -> None:
-        """Note what :func:`morphogen.growth.measure_contributions` found for ``slot``, at the present clock."""
+        """Note what :func:`morphogen.growth.measure_contributions` found for ``slot``, at the present clock.
+
+        Several processes record together: both numbers are means over them.
+        """
         self.check_acting([slot])
+        value, error = self._processes.mean("record_contribution", [value, error])
         target = self.slot(slot)
         target.sensors = dataclasses.replace(
             target.sensors,
@@ -279,15 +367,13 @@ class GrowableModel(nn.Module):
         Raises:
             SlotError: The host gets at a grown submodule in a way that a plain one cannot follow, such as its attributes.
         """
-        plain = plain_module(self.host, self._slots())
-        check_same(self.host, plain, self._example_like_host())
-        return plain
+        return exported(self.host, self._slots(), self._example_like_host())
 
     # -- structure (morphogen.state.DynamicModel) --------------------------------------------------------------------
 
     def topology(self) -> Json:
         """Return the structure as JSON data: clock, and for each slot its site, state and sensors."""
-        return topology_of(self._slots(), self.clock)
+        return topology_of(self._slots(), self.clock, self.host_changes.record)
 
     def plan_topology(self, topology: Json) -> PlannedStructure:
         """Build the seeds that ``topology`` names, newly initialised; seeds that are in place already are kept.
@@ -296,18 +382,25 @@ class GrowableModel(nn.Module):
             StateMismatch: The topology is of another format or of other slots.
             ValueError: It names an unknown blueprint.
         """
+        self._shadow_passes.check_none()
         clock, records = read_topology(topology, {name: slot.site for name, slot in self._slots().items()})
+        present = self.host_changes.record
+        host = PlannedHost(self.host, present, read_host(topology, self.host, present))
         seeds: dict[str, Seed | None] = {}
         for name, record in records.items():
             slot = self.slot(name)
             if not record.state.has_seed:
                 seeds[name] = None
-            elif slot.seed is not None and _same_seed(slot.state, record.state):
+            elif slot.seed is not None and same_seed(slot.state, record.state):
                 seeds[name] = slot.seed
             else:
                 seeds[name] = self._built(slot, record.state, self._streams)
         slots = {name: (record.state, record.sensors, seeds[name]) for name, record in records.items()}
-        return PlannedStructure(self, clock, slots)
+        return PlannedStructure(self, clock, slots, host)
+
+    def grafts(self) -> Sequence[Graft]:
+        """Return how parameters of the host grew in the change under way; none at any other time."""
+        return self.host_changes.grafts
 
     def on_topology_change(self, callback: Follower) -> None:
         """Call ``callback`` after each change of structure; bound methods are held weakly.
@@ -324,9 +417,11 @@ class GrowableModel(nn.Module):
             if stage not in lifecycle.ACTING:
                 raise SlotError(f"slot {name!r} must hold a blended seed, is {stage.name.lower()}. Advance it first.")
 
+    _ddp_params_and_buffers_to_ignore = property(seed_parameters)  # DistributedDataParallel reads it
+
     # -- inside -----------------------------------------------------------------------------------------------------
 
-    @torch.compiler.disable
+    @uncompiled
     def _with_alphas(self, alphas: AlphaOverrides, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the host uncompiled, as slots look for overrides in such code alone: in compiled code that breaks the graph."""
         self.check_acting(alphas)
@@ -361,31 +456,26 @@ class GrowableModel(nn.Module):
         return gate
 
     def _built(self, slot: SeedSlot, state: SlotState, streams: RandomStreams) -> Seed:
-        """Build the seed apart from the model, on the feature's device and dtype, and try it on the feature."""
-        row = blueprints.get(state.blueprint or "")
-        site = slot.site
-        with draw_from(streams.torch("germination", slot.name, state.germination)):
-            body = row.build(site.width, site.layout, **state.options)
-            seed = Seed(body, state.operator, site.width, site.layout)
-        feature = probe(self.host, {slot.name: site.path}, self._example_like_host())[slot.name]
-        seed.to(device=feature.device, dtype=feature.dtype)
-        try_out(slot.name, seed, feature)
-        return seed.train(self.host.get_submodule(site.path).training)
+        seed = built_seed(self.host, slot, state, streams, self._example_like_host())
+        self._gradient_average.watch(seed)
+        return seed
 
     def _example_like_host(self) -> Example:
-        """The example on the host's present device, floating parts in its present dtype."""
-        like = next(self.host.parameters(), None)
-        if like is None:
-            return self._example
+        return example_like(self.host, self._example)
 
-        def converted(tensor: Tensor) -> Tensor:
-            return tensor.to(device=like.device, dtype=like.dtype if tensor.is_floating_point() else tensor.dtype)
+    def _change(
+        self,
+        changes: Mapping[str, tuple[SlotState, Seed | None]],
+        clock: int | None = None,
+        host: AbstractContextManager[None] | None = None,
+    ) -> None:
+        """Put new states, seeds and clock in place; if a follower refuses, put the old ones back and raise its error.
 
-        return pytree.tree_map_only(Tensor, converted, self._example)
-
-    def _change(self, changes: Mapping[str, tuple[SlotState, Seed | None]], clock: int | None = None) -> None:
-        """Put new states, seeds and clock in place; if a follower refuses, put the old ones back and raise its error."""
+        Followers are told within ``host``, which changes the host and takes that back if it fails.
+        """
         before = {name: (slot.state, slot.seed) for name, slot in self._slots().items() if name in changes}
+        self._shadow_passes.check_none()
+        self._processes.check_change(self._slots(), changes, self.clock if clock is None else clock, self.config)
         clock_before, self.clock = self.clock, self.clock if clock is None else clock
         for name, (state, seed) in changes.items():
             self.slot(name).put(state, seed)
@@ -393,7 +483,8 @@ class GrowableModel(nn.Module):
             seed is not before[name][1] or state.frozen != before[name][0].frozen for name, (state, seed) in changes.items()
         ):
             try:
-                self.followers.call()
+                with host or nullcontext():
+                    self.followers.call()
             except BaseException:  # border: whatever refused, the model must be as it was; raised again at once
                 for name, (state, seed) in before.items():
                     self.slot(name).put(state, seed)
@@ -402,29 +493,4 @@ class GrowableModel(nn.Module):
         for name, (state, seed) in changes.items():
             if seed is not before[name][1]:
                 self.slot(name).sensors = sensing.SlotSensors()
-            self._report(name, before[name][0], state)
-
-    def _report(self, name: str, before: SlotState, after: SlotState) -> None:
-        for transition in _new_transitions(before, after):
-            self.followers.emit(
-                StageChanged(
-                    tick=transition.tick,
-                    slot=name,
-                    previous=transition.previous,
-                    stage=transition.stage,
-                    ticks_in_previous=transition.ticks_in_previous,
-                    reason=transition.reason,
-                    blueprint=after.blueprint,
-                )
-            )
-
-
-def _same_seed(ours: SlotState, theirs: SlotState) -> bool:
-    """Whether two states speak of one and the same germination."""
-    identity = ("germination", "blueprint", "operator", "options")
-    return ours.has_seed and all(getattr(ours, name) == getattr(theirs, name) for name in identity)
-
-
-def _new_transitions(before: SlotState, after: SlotState) -> list[Transition]:
-    known = {id(transition) for transition in before.history}
-    return [transition for transition in after.history if id(transition) not in known]
+            self.followers.report(name, before[name][0], state)

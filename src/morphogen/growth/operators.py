@@ -15,7 +15,9 @@ from morphogen.growth.lifecycle import Operator
 class Seed(nn.Module):
     """A blueprint's module and its operator: maps the host's feature to the residual r.
 
-    add: r = s(h). scale: r = h * tanh(s(h)). gate: r = g(h) * s(h), one g in (0, 1) per sample.
+    add: r = s(h). scale: r = h * tanh(s(h)). gate: r = g(h) * s(h), one g in (0, 1) per sample, in a
+    sequence per position. A body with the attribute ``reads_input`` computes s from what went into the host's submodule, not
+    from what came out.
 
     Args:
         body: Computes s(h), same shape as h.
@@ -29,11 +31,12 @@ class Seed(nn.Module):
         super().__init__()
         self.body = body
         self.operator = operator
+        self.reads_input = bool(getattr(body, "reads_input", False))
         self.gate = SampleGate(width, layout) if operator == "gate" else None
 
-    def forward(self, h: Tensor) -> Tensor:
-        """Return r(h), in the dtype of ``h`` also under autocast."""
-        s = self.body(h).to(h.dtype)
+    def forward(self, h: Tensor, source: Tensor | None = None) -> Tensor:
+        """Return r(h), in the dtype of ``h`` also under autocast; ``source`` is the submodule's input, if a body reads it."""
+        s = self.body(h if source is None else source).to(h.dtype)
         if self.operator == "scale":
             return h * s.tanh()
         if self.gate is not None:
@@ -42,7 +45,11 @@ class Seed(nn.Module):
 
 
 class SampleGate(nn.Module):
-    """g(h) = sigmoid(W2 gelu(W1 pool(h) + b1) + b2), one value per sample; 1/2 at birth, as W2 and b2 are zero."""
+    """g(h) = sigmoid(W2 gelu(W1 pool(h) + b1) + b2); 1/2 at birth, as W2 and b2 are zero.
+
+    One value per sample, of what its feature holds on average; in a sequence (NLC) one per position, of that position alone:
+    what later positions hold must not reach earlier ones.
+    """
 
     def __init__(self, width: int, layout: Layout) -> None:
         """Build the two layers; hidden size max(8, width / 4)."""
@@ -56,7 +63,9 @@ class SampleGate(nn.Module):
         nn.init.zeros_(self.outer.bias)
 
     def forward(self, h: Tensor) -> Tensor:
-        """Return g(h), shaped (N, 1, ...) to broadcast over ``h``."""
+        """Return g(h), shaped (N, 1, ...), or (N, L, 1), to broadcast over ``h``."""
+        if self.layout == "NLC":
+            return self.outer(self.activation(self.inner(h))).sigmoid()
         gate_B = self.outer(self.activation(self.inner(pooled(h, self.layout)))).sigmoid()
         for _ in self.layout[2:]:
             gate_B = gate_B.unsqueeze(-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import weakref
 from collections.abc import Callable, Mapping
@@ -10,7 +11,9 @@ from typing import TYPE_CHECKING, Any, cast, final
 
 from torch import Tensor
 
+from morphogen.growth.events import StageChanged
 from morphogen.growth.gates import SlotSensors
+from morphogen.growth.host_changes import PlannedHost
 from morphogen.growth.lifecycle import SlotState
 from morphogen.growth.operators import Seed
 from morphogen.state.inventory import module_tensors
@@ -28,24 +31,31 @@ class PlannedStructure:
     """A checked structure; see :meth:`GrowableModel.plan_topology`."""
 
     def __init__(
-        self, model: GrowableModel, clock: int, slots: Mapping[str, tuple[SlotState, SlotSensors, Seed | None]]
+        self,
+        model: GrowableModel,
+        clock: int,
+        slots: Mapping[str, tuple[SlotState, SlotSensors, Seed | None]],
+        host: PlannedHost,
     ) -> None:
         """Keep what is to be put in place."""
         self._model = model
         self._clock = clock
         self._slots = slots
+        self._host = host
 
     def named_tensors(self) -> Mapping[str, Tensor]:
-        """Return every parameter and buffer the model will have, in the model's own order."""
+        """Return every parameter and buffer the model will have; a stand-in where a parameter of the host changes its shape."""
         before = self._swap()
         try:
-            return module_tensors(self._model).tensors
+            return self._host.overlay(module_tensors(self._model).tensors, "host.")
         finally:
             for name, (state, seed) in before.items():
                 self._model.slot(name).put(state, seed)
 
     def commit(self) -> None:
-        """Put states, sensors and seeds in place and tell the followers."""
+        """Put the host's shapes, states, sensors and seeds in place and tell the followers."""
+        self._host.commit(self._model.host_changes.record)
+        self._model.host_changes.record = self._host.record
         self._swap()
         for name, (_, sensors, _) in self._slots.items():
             self._model.slot(name).sensors = sensors
@@ -57,6 +67,12 @@ class PlannedStructure:
         for name, (state, _, seed) in self._slots.items():
             self._model.slot(name).put(state, seed)
         return before
+
+
+def same_seed(ours: SlotState, theirs: SlotState) -> bool:
+    """Whether two states speak of one and the same germination."""
+    identity = ("germination", "blueprint", "operator", "options")
+    return ours.has_seed and all(getattr(ours, name) == getattr(theirs, name) for name in identity)
 
 
 @final
@@ -94,6 +110,15 @@ class Followers:
     def emit(self, event: Event) -> None:
         """Pass ``event`` to the listener."""
         self._emit(event)
+
+    def report(self, slot: str, before: SlotState, after: SlotState) -> None:
+        """Tell the listener of each transition that is new in ``after``."""
+        known = {id(transition) for transition in before.history}
+        for transition in after.history:
+            if id(transition) not in known:
+                blueprint = after.blueprint if transition.reason != "merged" else before.blueprint
+                fields = {field.name: getattr(transition, field.name) for field in dataclasses.fields(transition)}
+                self.emit(StageChanged(slot=slot, blueprint=blueprint, **fields))
 
     def __deepcopy__(self, memo: dict[int, object]) -> Followers:
         return Followers()

@@ -6,9 +6,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, cast
 
+from torch import nn
+
 from morphogen.errors import StateMismatch
 from morphogen.growth.features import Site
 from morphogen.growth.gates import Reading, SlotSensors
+from morphogen.growth.host_changes import HostRecord
 from morphogen.growth.lifecycle import SlotState, Sowing, Stage, Transition
 from morphogen.growth.ramps import Ramp
 from morphogen.growth.slots import SeedSlot
@@ -17,11 +20,12 @@ from morphogen.telemetry.events import Json
 FORMAT = 2
 
 
-def topology_of(slots: Mapping[str, SeedSlot], clock: int) -> Json:
-    """Return the structure: format, clock, and for each slot its site, state and sensors."""
+def topology_of(slots: Mapping[str, SeedSlot], clock: int, host: HostRecord) -> Json:
+    """Return the structure: format, clock, what of the host is not as built, and for each slot its site, state and sensors."""
     return {
         "format": FORMAT,
         "clock": clock,
+        "host": host.as_json(),
         "slots": {
             name: {
                 "site": _plain(slot.site),
@@ -59,6 +63,19 @@ def with_fossils(topology: Json, sowings: Mapping[str, Sowing]) -> Json:
         )
         slots[name]["state"] = _plain(state)
     return {**cast("dict[str, Any]", topology), "slots": slots}
+
+
+def read_host(data: Json, host: nn.Module, present: HostRecord) -> HostRecord:
+    """Return what of the host is not as built; none of it in a topology of before hosts could change.
+
+    Raises:
+        StateMismatch: It speaks of another host than ``host``, which is as ``present`` says.
+    """
+    entry = cast("dict[str, Any]", data).get("host", {})
+    try:
+        return HostRecord.read(entry, host, present)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise StateMismatch(f"the topology's entry of the host was not written by this release: {error}.") from error
 
 
 @dataclasses.dataclass(frozen=True)

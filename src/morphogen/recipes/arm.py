@@ -27,13 +27,13 @@ from morphogen import control, tasks
 from morphogen.control import Op, Policy
 from morphogen.governor import Governor
 from morphogen.governor.faults import Fault, Injections, inject, kind_named
-from morphogen.growth import ContributionResult, Stage, measure_contributions
+from morphogen.growth import ContributionResult, NewbornPolicy, Stage, measure_contributions
 from morphogen.recipes.config import Arm, GrowConfig
 from morphogen.recipes.events import ArmFinished, ArmStarted, Decided, FaultInjected, TickMeasured
 from morphogen.recipes.flops import FlopMeter
 from morphogen.recipes.results import ArmResult
 from morphogen.state import TrainingState
-from morphogen.tasks import BuiltTask, Split
+from morphogen.tasks import BuiltTask, Split, Task
 from morphogen.telemetry.events import Emit, to_json
 
 _EVALUATION_BATCH = 1000
@@ -77,15 +77,16 @@ class ArmRun:
         arm: Which of the three networks.
         repeat: Number of the repeat.
         emit: Receives every event of model, governor and run.
+        task: What to train on; by default the config's.
     """
 
-    def __init__(self, config: GrowConfig, arm: Arm, repeat: int, emit: Emit) -> None:
+    def __init__(self, config: GrowConfig, arm: Arm, repeat: int, emit: Emit, task: Task | None = None) -> None:
         """Build everything under the repeat's seed."""
         self.config = config
         self.arm: Arm = arm
         self.repeat = repeat
         self._emit = emit
-        self.task = tasks.get(config.task)
+        self.task = task or tasks.get(config.task)
         self.built: BuiltTask = self.task.build(
             config.device, seed=config.seed + repeat, full_size=arm == "reference", config=config.growth, emit=emit
         )
@@ -94,12 +95,13 @@ class ArmRun:
         self.cursor = Cursor()
         self._policy_stream = self.built.streams.numpy("policy")
         self._scheduler = CosineAnnealingLR(self.built.optimizer, self.total_steps)
+        self.newborn = NewbornPolicy(config.newborn, self.model, self.built.optimizer, self.total_steps)
         self.state = TrainingState(
             self.model,
             self.built.optimizer,
             self._scheduler,
-            extras={"cursor": self.cursor, "policy": self._policy_stream},
-            newborn_options=self._newborn_options,
+            extras={"cursor": self.cursor, "policy": self._policy_stream, "newborn": self.newborn},
+            newborn_options=self.newborn.options,
             emit=emit,
         )
         self.governor = Governor(self.state, config.governor, emit=emit)
@@ -196,6 +198,7 @@ class ArmRun:
             if verdict.proceed:
                 self.built.optimizer.step()
                 self._scheduler.step()
+                self.newborn.step()
                 self._last_loss = loss  # read once a tick: reading it here would wait for the device in every step
         return verdict.rollback is None
 
@@ -204,6 +207,9 @@ class ArmRun:
         outputs = self.model(inputs)
         loss = self.task.loss(outputs, targets)
         loss.backward()  # pyright: ignore[reportUnknownMemberType]
+        if self.model.needs_shadow:
+            with self.model.shadow():
+                self.task.loss(self.model(inputs), targets).backward()  # pyright: ignore[reportUnknownMemberType]
         return loss.detach(), outputs.detach()
 
     def _host_gradient_norm(self) -> Tensor:
@@ -218,7 +224,7 @@ class ArmRun:
         epoch, place = divmod(self.cursor.step, per_epoch)
         order = self._shuffled(epoch, self.governor.rollbacks)
         chosen = order[place * size : (place + 1) * size]
-        return train.inputs[chosen], train.targets[chosen]
+        return train.rows(chosen)
 
     def _shuffled(self, epoch: int, rollbacks: int) -> Tensor:
         """Return the order of the training samples in one epoch; the present one is kept."""
@@ -257,7 +263,7 @@ class ArmRun:
         batches = _batches(self.built.data.decision)
         measured = self._flops.run(
             ("measure", self._structure()),
-            lambda: measure_contributions(self.model, batches, self.task.correct, on_trial),
+            lambda: measure_contributions(self.model, batches, self.task.per_sample, on_trial),
             share=len(on_trial) / (len(on_trial) + 1),  # the intact pass only watches
         )
         for name, contribution in measured.slots.items():
@@ -265,7 +271,7 @@ class ArmRun:
         return measured
 
     def _metric_on(self, split: Split) -> float:
-        return measure_contributions(self.model, _batches(split), self.task.correct, ()).metric
+        return measure_contributions(self.model, _batches(split), self.task.per_sample, ()).metric
 
     def _report(self, metric: float) -> None:
         event = TickMeasured(
@@ -291,17 +297,7 @@ class ArmRun:
             self._emit(Decided(tick=self.tick, op=op, slot=action.slot, blueprint=blueprint, reason=action.reason))
         control.execute(self.model, action)
 
-    def _newborn_options(self, owner: str) -> dict[str, Any]:
-        if owner == "host":
-            return {}
-        newborn = self.config.newborn
-        options: dict[str, Any] = {"lr": self.state.learning_rates()["host"] * newborn.learning_rate_scale}
-        if newborn.weight_decay is not None:
-            options["weight_decay"] = newborn.weight_decay
-        return options
-
 
 def _batches(split: Split) -> Iterator[tuple[Tensor, Tensor]]:
     for start in range(0, len(split), _EVALUATION_BATCH):
-        end = start + _EVALUATION_BATCH
-        yield split.inputs[start:end], split.targets[start:end]
+        yield split.rows(slice(start, start + _EVALUATION_BATCH))

@@ -9,21 +9,10 @@ from pydantic import Field
 from morphogen.config import Config
 from morphogen.governor.config import GovernorConfig
 from morphogen.growth.config import GrowthConfig
+from morphogen.growth.newborn import NewbornConfig
 
 Arm = Literal["static", "reference", "grown"]
 ARMS: tuple[Arm, ...] = ("static", "reference", "grown")
-
-
-class NewbornConfig(Config):
-    """How the parameters of a newborn seed are optimised.
-
-    Attributes:
-        learning_rate_scale: Learning rate at birth over the host's at that moment; the ratio is kept along the schedule.
-        weight_decay: Weight decay of seeds; None for the host's.
-    """
-
-    learning_rate_scale: float = Field(default=1.0, gt=0)
-    weight_decay: float | None = Field(default=None, ge=0)
 
 
 class GrowConfig(Config):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from typing import TypeVar
 
-from torch.utils.flop_counter import FlopCounterMode
+from morphogen.growth import flop_counter
 
 _T = TypeVar("_T")
 
@@ -13,7 +13,8 @@ _T = TypeVar("_T")
 class FlopMeter:
     """Adds up the FLOPs of calls; a call whose ``key`` was seen before is assumed to cost the same again.
 
-    ``torch.utils.flop_counter`` sees matrix products and convolutions, forward and backward; it changes no result.
+    :func:`morphogen.growth.flop_counter` sees matrix products, convolutions and attention, forward and backward; it changes
+    no result.
     """
 
     def __init__(self) -> None:
@@ -26,7 +27,7 @@ class FlopMeter:
         if key in self._known:
             result = call()
         else:
-            with FlopCounterMode(display=False) as counter:
+            with flop_counter() as counter:
                 result = call()
             self._known[key] = round(counter.get_total_flops() * share)
         self.total += self._known[key]

@@ -52,6 +52,7 @@ class GrowResult:
         rows: The table.
         difference: Grown minus static on the test split, paired.
         finished: False if it was interrupted; ``resume`` then goes on.
+        metric_name: What the metric is called.
         lost_sinks: Sinks that failed on the way, so that their output is incomplete.
     """
 
@@ -60,12 +61,13 @@ class GrowResult:
     rows: tuple[Row, ...]
     difference: Interval | None
     finished: bool
+    metric_name: str = "accuracy"
     lost_sinks: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> str:
         """Grown against static in one plain sentence."""
-        return sentence(self.difference)
+        return sentence(self.difference, self.metric_name)
 
 
 def grow(config: GrowConfig, out: Path | None = None, *, sinks: tuple[Sink, ...] = ()) -> GrowResult:
@@ -101,8 +103,15 @@ def num_finished_arms(path: Path) -> int:
 
 
 def check(config: GrowConfig) -> None:
-    """Check names and devices before anything is built or written; ValueError says which is wrong."""
+    """Check names, devices and data before anything is built or written.
+
+    Raises:
+        ValueError: A task, policy, device or fault does not exist.
+        DataError: The task's data is not here; the message says how to get it.
+    """
     task = tasks.get(config.task)
+    if task.source is not None:
+        task.source.require()
     control.make(config.policy, task.blueprints)
     tasks.resolve_device(config.device)
     for fault in map(Fault.parse, config.inject):
@@ -152,6 +161,7 @@ class _Job:
             rows=table(self._results),
             difference=paired_difference(self._results, "grown", "static"),
             finished=finished,
+            metric_name=tasks.get(self._config.task).metric_name,
             lost_sinks=self._bus.dropped,
         )
 
@@ -215,7 +225,7 @@ class _Job:
 
     def _write_network(self, run: ArmRun) -> None:
         stem = self._directory.networks / f"grown-{run.repeat}"
-        difference = write_network(run.model, run.built.data.test.inputs[:_EXAMPLE_SIZE], stem)
+        difference = write_network(run.model, run.built.data.test.rows(slice(_EXAMPLE_SIZE))[0], stem)
         self._networks[str(run.repeat)] = {"file": f"networks/{stem.name}.pt2", "max_abs_difference": difference}
 
     def _write_summary(self, *, finished: bool) -> None:
@@ -230,7 +240,7 @@ class _Job:
         self._directory.write_summary(
             {
                 "finished": finished,
-                "verdict": sentence(difference),
+                "verdict": sentence(difference, tasks.get(self._config.task).metric_name),
                 "paired_difference": to_json(difference),
                 "rows": to_json(tuple(map(_flat, table(self._results)))),
                 "results": to_json(tuple(self._results)),

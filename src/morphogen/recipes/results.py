@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from scipy.special import stdtrit
 
 from morphogen.recipes.config import ARMS, Arm
+from morphogen.telemetry.metrics import difference_texts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,8 +20,8 @@ class ArmResult:
     Attributes:
         arm: "static", "reference" or "grown".
         repeat: Number of the repeat, from 0.
-        test_metric: On the test split, in [0, 1].
-        decision_metric: On the decision split, in [0, 1].
+        test_metric: On the test split; larger is better.
+        decision_metric: On the decision split.
         parameters: At the end.
         train_flops: Of all training steps, failed seeds included, and of scoring seeds on the decision split.
         wall_seconds: Of training.
@@ -98,16 +99,18 @@ def paired_difference(results: Sequence[ArmResult], better: Arm, worse: Arm) -> 
     return interval([metrics[better, repeat] - metrics[worse, repeat] for repeat in repeats])
 
 
-def sentence(difference: Interval | None) -> str:
-    """Return the verdict on grown against static in plain words."""
+def sentence(difference: Interval | None, metric: str = "accuracy") -> str:
+    """Return the verdict on grown against static in plain words; ``metric`` is what the metric is called."""
     if difference is None:
         return "No pair of a grown and a static run to compare."
-    points = f"{100 * difference.mean:+.1f} points"
-    if difference.low is None or difference.high is None:
-        return f"Grown against static: {points} in a single pair; run more repeats for an interval."
-    span = f"[{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"
-    if difference.low > 0.0:
-        return f"The grown network beats the static host by {points} {span}, 95% paired, {difference.repeats} repeats."
-    if difference.high < 0.0:
-        return f"The grown network loses to the static host by {points} {span}, 95% paired, {difference.repeats} repeats."
-    return f"No significant difference between grown and static: {points} {span}, 95% paired, {difference.repeats} repeats."
+    mean, low, high = difference.mean, difference.low, difference.high
+    if low is None or high is None:
+        shown = difference_texts((mean,), metric)[0]
+        return f"Grown against static: {shown} in a single pair; run more repeats for an interval."
+    shown, *ends = difference_texts((mean, low, high), metric)
+    evidence = f"{shown} [{', '.join(end.split()[0] for end in ends)}], 95% paired, {difference.repeats} repeats"
+    if low > 0.0:
+        return f"The grown network beats the static host by {evidence}."
+    if high < 0.0:
+        return f"The grown network loses to the static host by {evidence}."
+    return f"No significant difference between grown and static: {evidence}."

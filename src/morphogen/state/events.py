@@ -13,3 +13,11 @@ class OptimizerReset(Event):
 
     path: str
     reason: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MomentsDropped(Event):
+    """A parameter changed its shape and its moments could not follow: they start anew, with the step count."""
+
+    parameter: str
+    reason: str

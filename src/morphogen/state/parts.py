@@ -37,7 +37,7 @@ class Parts:
         """Normalise what ``TrainingState`` was given; TypeError names the argument that is something else."""
         given = dict(extras or {})
         return cls(
-            _by_name("model", model, nn.Module),
+            {part: _without_wrappers(module) for part, module in _by_name("model", model, nn.Module).items()},
             _by_name("optimizer", optimizer, Optimizer),
             _stateful_by_name("scheduler", scheduler),
             _stateful_by_name("scaler", scaler),
@@ -148,6 +148,17 @@ def section(kind: str, part: str) -> str:
 def prefix(part: str) -> str:
     """Return what goes before a parameter's name so that names of several modules do not collide."""
     return "" if part == "model" else f"{part.removeprefix('model.')}."
+
+
+def _without_wrappers(module: nn.Module) -> nn.Module:
+    """Return the growing model inside what ``torch.compile`` or data parallelism made of it; any other module as it is.
+
+    A wrapper says nothing of growth, and has other names for the same parameters.
+    """
+    inner = module
+    while [name for name, _ in inner.named_children()] in (["_orig_mod"], ["module"]):
+        inner = next(inner.children())
+    return inner if isinstance(inner, DynamicModel) else module
 
 
 def _by_name(what: str, given: Any, expected: type[_T]) -> dict[str, _T]:

@@ -96,7 +96,7 @@ class _DrawFrom(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         given = any(isinstance(value, torch.Generator) for value in (*args, kwargs.get("generator")))
-        if given or torch.Tag.nondeterministic_seeded not in func.tags:
+        if given or torch.Tag.nondeterministic_seeded not in func.tags or _without_dropout(func, args, kwargs):
             return func(*args, **kwargs)
         overload = _with_generator(func)
         if overload is None:
@@ -112,6 +112,15 @@ class _DrawFrom(TorchDispatchMode):
             seed = int(torch.empty((), dtype=torch.int64).random_(generator=self._root))
             self._generators[device.type] = torch.Generator(device).manual_seed(seed)
         return self._generators[device.type]
+
+
+def _without_dropout(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether this is a call of fused attention that draws nothing, since its probability of dropout is zero."""
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.name == "dropout_p":
+            given = args[place] if place < len(args) else kwargs.get("dropout_p", argument.default_value)
+            return given == 0.0
+    return False
 
 
 def _with_generator(func: Any) -> Any:

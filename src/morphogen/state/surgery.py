@@ -1,4 +1,4 @@
-"""Optimizer surgery: the only module that touches ``optimizer.state`` and ``optimizer.param_groups``.
+"""Optimizer surgery: no module but these (``surgery*.py``) touches ``optimizer.state`` and ``optimizer.param_groups``.
 
 Works for every ``torch.optim`` optimizer: foreach, fused, capturable, tensor learning rates, Muon. Facts it rests on
 (torch 2.13): ``load_state_dict`` keeps the tensors it is given, so the snapshot and the optimizer would share memory; a

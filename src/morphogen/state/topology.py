@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 from torch.nn import Parameter
 
+from morphogen.state.surgery_grafts import Graft
 from morphogen.telemetry.events import Json
 
 
@@ -47,6 +48,15 @@ class DynamicModel(Protocol):
 
     def on_topology_change(self, callback: Callable[[], Callable[[], None] | None]) -> None:
         """Call ``callback`` after each change of structure, held weakly if it is a bound method."""
+        ...
+
+
+@runtime_checkable
+class Grafting(Protocol):
+    """A dynamic model whose parameters may grow: they stay the same objects, and others become their new parts."""
+
+    def grafts(self) -> Sequence[Graft]:
+        """How parameters grew in the change under way; none at any other time."""
         ...
 
 

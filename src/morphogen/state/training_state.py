@@ -12,15 +12,15 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from morphogen.errors import CheckpointError, StateMismatch
-from morphogen.state import checkpoint, extras as extra_kinds, inventory, restoring, surgery, trees
+from morphogen.state import checkpoint, extras as extra_kinds, inventory, restoring, surgery, surgery_grafts, trees
 from morphogen.state.diagnosis import diagnose, diagnose_structure
-from morphogen.state.events import OptimizerReset
+from morphogen.state.events import MomentsDropped, OptimizerReset
 from morphogen.state.generators import read_global_generators, write_global_generators
 from morphogen.state.parts import Parts, first_names, section, tensors_of
 from morphogen.state.records import encode_optimizer
 from morphogen.state.schedules import kind_of
 from morphogen.state.snapshot import BufferPool, Snapshot, Tables
-from morphogen.state.topology import DynamicModel
+from morphogen.state.topology import DynamicModel, Grafting
 from morphogen.telemetry.events import Emit, Json, discard
 
 RestoreStrategy = Literal["restore", "reset", "keep"]
@@ -218,18 +218,25 @@ class TrainingState:
     def reshape(self) -> None:
         """Re-derive every optimizer's membership from who owns which parameter; moments of parameters that stay are kept.
 
+        Moments of parameters that grew grow with them; those of a parameter of another shape are dropped, which an event says.
         Runs by itself whenever a :class:`DynamicModel` changes. Call it after changing ``requires_grad`` by hand.
 
         Raises:
             StateMismatch: An optimizer or scheduler cannot follow; nothing was changed.
         """
         owners = self._parts.owners()
+        modules = self._parts.modules().values()
+        grafts = [graft for module in modules if isinstance(module, Grafting) for graft in module.grafts()]
         with self._all_or_nothing():
+            dropped = surgery_grafts.grow_moments(self.optimizers.values(), grafts)
             for part, optimizer in self.optimizers.items():
+                dropped |= surgery_grafts.drop_misshapen(optimizer)
                 options = {owner: self._newborn_options(owner) for owner in owners[part]}
                 schedulers = self._parts.schedulers_of(optimizer)
                 surgery.sync_groups(optimizer, owners[part], options=options, schedulers=schedulers)
-        self._name(self._parts.parameters())
+        names = self._name(self._parts.parameters())
+        for parameter, reason in dropped.items():
+            self._emit(MomentsDropped(parameter=names.get(id(parameter), "?"), reason=reason))
 
     def verify(self) -> None:
         """Check that the parts belong together and are finite.

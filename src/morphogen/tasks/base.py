@@ -12,6 +12,8 @@ from morphogen.growth import GrowableModel, GrowthConfig, GrowthPoint, Sowing, w
 from morphogen.state import RandomStreams, draw_from
 from morphogen.tasks.data import TaskData
 from morphogen.tasks.devices import resolve_device
+from morphogen.tasks.objectives import Classification, Objective
+from morphogen.tasks.sources import Source
 from morphogen.telemetry.events import Emit, discard
 
 
@@ -23,7 +25,7 @@ class Task:
         name: What ``tasks.get`` is given.
         summary: One line.
         load: Returns the three splits, always the same.
-        make_host: Builds the small host.
+        make_host: Builds the small host for the data, which knows the number of classes or symbols.
         points: Growth points in the order of actions: slot -> submodule.
         blueprints: What may be sown, best first.
         reference: Slot -> blueprint of the full-size reference: all growth built in from the start.
@@ -32,13 +34,14 @@ class Task:
         tick_steps: Training steps between decisions.
         learning_rate: Of AdamW at the start; a cosine takes it to zero over the run.
         weight_decay: Of AdamW, for host and seeds alike.
-        metric_name: What :meth:`correct` averages to.
+        objective: Loss and metric.
+        source: Files that :attr:`load` needs; None for data that is generated or comes with a dependency.
     """
 
     name: str
     summary: str
     load: Callable[[], TaskData]
-    make_host: Callable[[], nn.Module]
+    make_host: Callable[[TaskData], nn.Module]
     points: Mapping[str, GrowthPoint]
     blueprints: tuple[Sowing, ...]
     reference: Mapping[str, Sowing]
@@ -47,15 +50,21 @@ class Task:
     tick_steps: int
     learning_rate: float
     weight_decay: float
-    metric_name: str = "accuracy"
+    objective: Objective = Classification()
+    source: Source | None = None
+
+    @property
+    def metric_name(self) -> str:
+        """What the objective calls its metric."""
+        return self.objective.metric_name
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the training loss: mean cross-entropy, in nats."""
-        return nn.functional.cross_entropy(outputs, targets)
+        """Return the scalar that training minimises."""
+        return self.objective.loss(outputs, targets)
 
-    def correct(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return 1.0 for each sample whose largest output is the target, else 0.0; its mean is the accuracy in [0, 1]."""
-        return (outputs.argmax(dim=1) == targets).float()
+    def per_sample(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return one value for each sample, shape (N,), larger for better outputs; the metric is its mean."""
+        return self.objective.per_sample(outputs, targets)
 
     def build(
         self,
@@ -83,19 +92,19 @@ class Task:
         where = resolve_device(device)
         chosen = self._chosen(slots)
         streams = RandomStreams(seed).child(self.name)
-        with draw_from(streams.torch("host")):
-            host = self.make_host()
         data = self.load().to(where)
+        with draw_from(streams.torch("host")):
+            host = self.make_host(data)
         model = GrowableModel(
             host.to(where),
             {name: self.points[name] for name in chosen},
-            data.train.inputs[:2],
+            data.train.rows(slice(2))[0],
             config=config,
             seed=streams.integer("growth"),
             emit=emit,
         )
         if full_size:
-            fossils = {name: self.reference[name] for name in chosen}
+            fossils = {name: self.reference[name] for name in chosen if name in self.reference}
             model.plan_topology(with_fossils(model.topology(), fossils)).commit()
         groups = [{"params": [p for _, p in owned], "owner": owner} for owner, owned in model.owners().items()]
         optimizer = torch.optim.AdamW(groups, self.learning_rate, weight_decay=self.weight_decay)

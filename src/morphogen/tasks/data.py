@@ -1,4 +1,4 @@
-"""Fixed train, decision and test splits of a classification task, and a checksummed cache for generated ones."""
+"""Fixed train, decision and test splits of a task, and a checksummed cache for generated ones."""
 
 from __future__ import annotations
 
@@ -22,31 +22,41 @@ from torch import Tensor
 _SPLITS = ("train", "decision", "test")
 
 
+_TOKEN_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
+
+
 @dataclass(frozen=True)
 class Split:
-    """Labelled examples, one per row.
+    """Examples, one per row: features with a class each, or tokens with the token to follow each.
 
     Attributes:
-        inputs: Floating-point features, shape (num_examples, ...).
-        targets: Class indices from 0, int64, shape (num_examples,), on the device of ``inputs``.
+        inputs: Floating-point features, shape (num_examples, ...), or tokens, shape (num_examples, num_tokens), in int64 or
+            one of the narrower int32, int16 and uint8; may be a view of a memory-mapped file.
+        targets: Class indices from 0, int64, shape (num_examples,); for tokens, tokens of the shape and dtype of ``inputs``.
+            On the device of ``inputs``.
 
     Raises:
         TypeError: If a dtype is wrong.
         ValueError: If the shapes or devices do not fit each other, or there is no example.
+
+    Example:
+        >>> tokens = torch.tensor([[1, 2, 3], [4, 5, 6]], dtype=torch.uint8)
+        >>> inputs, targets = Split(tokens[:, :-1], tokens[:, 1:]).rows(torch.tensor([1]))
+        >>> inputs, targets
+        (tensor([[4, 5]]), tensor([[5, 6]]))
     """
 
     inputs: Tensor
     targets: Tensor
 
     def __post_init__(self) -> None:
-        if not self.inputs.is_floating_point():
-            raise TypeError(f"`inputs` must be floating point, got {self.inputs.dtype}. Convert them to float32.")
-        if self.targets.dtype != torch.int64:
-            raise TypeError(f"`targets` must be int64, got {self.targets.dtype}. Convert them with .long().")
-        if self.targets.ndim != 1 or self.inputs.shape[:1] != self.targets.shape:
+        self._check_dtypes()
+        expected = self.inputs.shape[: 1 if self.inputs.is_floating_point() else None]
+        if self.inputs.ndim == 0 or self.targets.shape != expected:
             raise ValueError(
-                f"`targets` must hold one class per row of `inputs`, got shape {tuple(self.targets.shape)} for inputs "
-                f"of shape {tuple(self.inputs.shape)}. Give both the same first dimension."
+                f"`targets` must hold one class per row of `inputs`, or a token for each token, got shape "
+                f"{tuple(self.targets.shape)} for inputs of shape {tuple(self.inputs.shape)}. "
+                "Give both the same first dimension."
             )
         if len(self.targets) == 0:
             raise ValueError("`inputs` must hold at least one example, got none. Give a split that is not empty.")
@@ -55,6 +65,26 @@ class Split:
                 f"`targets` must be on the device of `inputs`, got {self.targets.device} and {self.inputs.device}. "
                 "Move one of them."
             )
+
+    def _check_dtypes(self) -> None:
+        if not self.inputs.is_floating_point() and self.inputs.dtype not in _TOKEN_DTYPES:
+            raise TypeError(f"`inputs` must be floating point or tokens, got {self.inputs.dtype}. Convert them to float32.")
+        expected = torch.int64 if self.inputs.is_floating_point() else self.inputs.dtype
+        if self.targets.dtype != expected:
+            raise TypeError(f"`targets` must be {str(expected)[6:]}, got {self.targets.dtype}. Convert them.")
+
+    def rows(self, chosen: Tensor | slice) -> tuple[Tensor, Tensor]:
+        """Return inputs and targets of some rows, tokens widened to int64: what a network and a loss take.
+
+        Args:
+            chosen: Row numbers, int64, on the split's device, or a slice.
+        """
+        inputs, targets = self.inputs[chosen], self.targets[chosen]
+        return (inputs if inputs.is_floating_point() else inputs.long()), targets.long()
+
+    def part(self, rows: slice) -> Split:
+        """Return some of the rows as a split that shares their memory."""
+        return Split(self.inputs[rows], self.targets[rows])
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -73,7 +103,7 @@ class TaskData:
         train: What the network is trained on.
         decision: What growth decisions and tuning may look at.
         test: What only the reported result may look at.
-        num_classes: Targets lie in [0, ``num_classes``).
+        num_classes: Targets lie in [0, ``num_classes``): classes, or symbols of the vocabulary.
 
     Raises:
         ValueError: If the splits differ in feature shape or dtype, or a target is out of range.

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+
 import numpy as np
 import numpy.typing as npt
 import torch
-from sklearn.datasets import load_digits
 
 from morphogen.growth import GrowthPoint, Sowing
 from morphogen.tasks.base import Task
 from morphogen.tasks.data import Split, TaskData, stratified_split
 from morphogen.tasks.hosts import conv2d_host
 
-NUM_CLASSES = 10
 _SIZES = (1000, 300, 497)
 _SPLIT_SEED = 20_270_101
 
@@ -29,14 +29,15 @@ def load() -> TaskData:
         1,000 train, 300 decision and 497 test examples of 10 classes, on the CPU; the same at every call. No random
         generator is touched.
     """
-    pixels, classes = load_digits(return_X_y=True)
+    # scikit-learn takes a second to import, which only who wants its data should pay for.
+    pixels, classes = importlib.import_module("sklearn.datasets").load_digits(return_X_y=True)
     images = np.asarray(pixels, dtype=np.float64).reshape(-1, 1, 8, 8)
     targets = np.asarray(classes, dtype=np.int64)
     parts = split_indices(targets)
     seen = images[parts[0]]
     inputs = ((images - seen.mean()) / seen.std()).astype(np.float32)
     splits = [Split(torch.from_numpy(inputs[part]), torch.from_numpy(targets[part])) for part in parts]
-    return TaskData(*splits, num_classes=NUM_CLASSES)
+    return TaskData(*splits, num_classes=int(targets.max()) + 1)
 
 
 _CONV = Sowing(blueprint="conv3x3", options={"expansion": 4}, blend_ticks=3)
@@ -46,7 +47,7 @@ TASK = Task(
     name="digits",
     summary="scikit-learn's 8x8 images of handwritten digits; a host of two narrow convolutions",
     load=load,
-    make_host=lambda: conv2d_host((3, 3), NUM_CLASSES, kernels=(3, 3)),
+    make_host=lambda data: conv2d_host((3, 3), data.num_classes, kernels=(3, 3)),
     points={name: GrowthPoint(name) for name in _POINTS},
     blueprints=(
         _CONV,

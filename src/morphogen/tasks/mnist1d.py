@@ -19,7 +19,6 @@ from morphogen.tasks.base import Task
 from morphogen.tasks.data import Split, TaskData, cached_task_data, stratified_split
 from morphogen.tasks.hosts import conv1d_host
 
-NUM_CLASSES = 10
 _SIZES = (3200, 800)
 _SPLIT_SEED = 20_270_102
 
@@ -48,7 +47,7 @@ def _generate() -> TaskData:
         made = source.make_dataset(source.get_dataset_args())
     signals, targets = made["x"], np.asarray(made["y"])
     train, decision = (_split(signals[rows], targets[rows]) for rows in split_indices(targets))
-    return TaskData(train, decision, _split(made["x_test"], made["y_test"]), num_classes=NUM_CLASSES)
+    return TaskData(train, decision, _split(made["x_test"], made["y_test"]), num_classes=int(targets.max()) + 1)
 
 
 def _split(signals: npt.NDArray[np.float64], targets: npt.NDArray[np.int64]) -> Split:
@@ -68,14 +67,14 @@ def _global_generators_kept() -> Generator[None]:
         np.random.set_state(numpy_state)
 
 
-_CONV = Sowing(blueprint="conv1d", options={"kernel_size": 3, "expansion": 4}, blend_ticks=3)
+_CONV = Sowing(blueprint="conv1d", options={"kernel_size": 3, "expansion": 3}, blend_ticks=3)
 _POINTS = ("block1", "block2", "block3")
 
 TASK = Task(
     name="mnist1d",
     summary="MNIST-1D, 40-sample signals of ten classes, generated here; a host of three narrow convolutions",
     load=load,
-    make_host=lambda: conv1d_host((4, 4, 4), NUM_CLASSES, kernels=(5, 3, 3)),
+    make_host=lambda data: conv1d_host((8, 8, 8), data.num_classes, kernels=(5, 3, 3)),
     points={name: GrowthPoint(name) for name in _POINTS},
     blueprints=(
         _CONV,

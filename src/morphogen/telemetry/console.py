@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from morphogen.telemetry.events import Json
+from morphogen.telemetry.metrics import metric_text
 
 _REDRAWS_PER_SECOND = 2
 _PLAIN_SECONDS = 5.0
@@ -25,6 +26,7 @@ class ConsoleSink:
     Args:
         num_arms: Arms of all repeats together.
         arms_done: Arms that earlier sittings finished.
+        metric: What the metric is called.
         console: Where to write; standard error by default, so that standard output stays clean.
         clock: Seconds from any origin.
     """
@@ -34,12 +36,14 @@ class ConsoleSink:
         num_arms: int,
         *,
         arms_done: int = 0,
+        metric: str = "accuracy",
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Start the display."""
         self._console = console or Console(stderr=True)
         self._clock = clock
+        self._metric = metric
         self._started = clock()
         self._printed = clock()
         self._num_arms, self._arms_done, self._at_start = num_arms, arms_done, float(arms_done)
@@ -66,8 +70,9 @@ class ConsoleSink:
             self._show(fields)
         elif kind == "ArmFinished":
             self._arms_done += 1
+            metric = metric_text(fields["test_metric"], self._metric)
             self._say(
-                f"{_arm(fields)}: test {_percent(fields['test_metric'])}, {fields['parameters']:,} parameters, "
+                f"{_arm(fields)}: test {metric}, {fields['parameters']:,} parameters, "
                 f"{fields['wall_seconds']:.1f} s, {fields['rollbacks']} rollbacks"
             )
         elif kind == "FaultInjected":
@@ -85,7 +90,7 @@ class ConsoleSink:
         done = self._arms_done + fields["train_step"] / self._total_steps
         slots = " ".join(f"{name}:{_SHORT.get(stage, stage)}" for name, stage in fields["stages"].items())
         state = (
-            f"{_percent(fields['metric'])}  {fields['parameters']:,} par  {slots}  {fields['governor']}  "
+            f"{metric_text(fields['metric'], self._metric)}  {fields['parameters']:,} par  {slots}  {fields['governor']}  "
             f"ETA {_clock_text(self._remaining(done))}"
         )
         title = f"{min(self._arms_done + 1, self._num_arms)}/{self._num_arms} {_arm(fields)}"
@@ -106,10 +111,6 @@ class ConsoleSink:
 
 def _arm(fields: dict[str, Any]) -> str:
     return f"{fields['arm']} #{fields['repeat']}"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}%"
 
 
 def _clock_text(seconds: float | None) -> str:

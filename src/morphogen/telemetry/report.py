@@ -40,6 +40,7 @@ from morphogen.telemetry.jsonl import (
     step_of,
     text_in,
 )
+from morphogen.telemetry.metrics import interval_text, metric_text
 
 _LOSSES_BEFORE, _LOSSES_AFTER = 12, 6
 _NUMBER = re.compile(r"[-+]?\d[\d.,]*(?:e[-+]?\d+)?%?")
@@ -160,7 +161,7 @@ def _verdict(runs: Sequence[ArmRecords], start: Record, end: Record | None, metr
 def _arm_result(row: Record, metric: str) -> pages.ArmResult:
     mean, low, high = (_finite(number_in(row, name)) for name in ("mean", "low", "high"))
     cells = (
-        f"{pages.metric_text(number_in(row, 'mean'), metric)} {pages.interval_text(low, high, metric)}",
+        f"{metric_text(number_in(row, 'mean'), metric)} {interval_text(low, high, metric)}",
         text_in(row, "repeats"),
         pages.count_text(number_in(row, "parameters")),
         pages.large_text(number_in(row, "train_flops")),
@@ -182,9 +183,9 @@ def _numbers(log: ReadResult, runs: Sequence[ArmRecords], start: Record, metric:
     )
     done = len(finished_records(runs, "grown"))
     values = (
-        ("grown", pages.metric_text(number_in(grown, "mean"), metric), f"test {metric}"),
-        ("static host", pages.metric_text(number_in(static, "mean"), metric), f"test {metric}"),
-        ("reference", pages.metric_text(number_in(reference, "mean"), metric), f"test {metric}"),
+        ("grown", metric_text(number_in(grown, "mean"), metric), f"test {metric}"),
+        ("static host", metric_text(number_in(static, "mean"), metric), f"test {metric}"),
+        ("reference", metric_text(number_in(reference, "mean"), metric), f"test {metric}"),
         ("grown", pages.count_text(number_in(grown, "parameters")), "parameters"),
         ("reference", pages.count_text(number_in(reference, "parameters")), "parameters"),
         ("grown", pages.large_text(number_in(grown, "train_flops")), "training FLOPs"),
@@ -200,8 +201,8 @@ def _repeats_table(runs: Sequence[ArmRecords], metric: str) -> markup.Table:
         (
             run.arm,
             f"{run.repeat}",
-            pages.metric_text(number_in(end, "test_metric"), metric),
-            pages.metric_text(number_in(end, "decision_metric"), metric),
+            metric_text(number_in(end, "test_metric"), metric),
+            metric_text(number_in(end, "decision_metric"), metric),
             pages.count_text(number_in(end, "parameters")),
             pages.large_text(number_in(end, "train_flops")),
             pages.time_text(number_in(end, "wall_seconds")),
@@ -225,7 +226,7 @@ def _curves(runs: Sequence[ArmRecords], metric: str) -> tuple[charts.LineChart, 
         charts.LineChart(
             label=f"{metric} on the decision split",
             lines=charts.arm_lines((run.arm, run.title, points) for run, points in metrics.items()),
-            value_text=lambda value: pages.metric_text(value, metric),
+            value_text=lambda value: metric_text(value, metric),
             marks=tuple(mark for run, points in metrics.items() for mark in _curve_marks(run, points)),
             last_step=_total_steps(runs),
             is_focused=True,

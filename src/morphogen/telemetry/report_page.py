@@ -31,6 +31,7 @@ from morphogen.telemetry.markup import (
     table,
     tag,
 )
+from morphogen.telemetry.metrics import difference_texts
 from morphogen.telemetry.report_charts import (
     LaneChart,
     LineChart,
@@ -42,7 +43,6 @@ from morphogen.telemetry.report_charts import (
 )
 
 _MAX_OPEN_ROLLBACKS = 6
-_SHOWN_WITH_ONE_DIGIT = 0.0005
 _PREFIXES = ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k"))
 
 
@@ -104,18 +104,6 @@ class RunView:
     notes: tuple[str, ...]
 
 
-def metric_text(value: float | None, metric: str) -> str:
-    """Return ``value`` of ``metric`` in words: accuracy, a fraction, as percent."""
-    if value is None or not math.isfinite(value):
-        return "n/a" if value is None else str(value)
-    return f"{100 * value:.1f}%" if metric == "accuracy" else f"{value:.4g}"
-
-
-def interval_text(low: float | None, high: float | None, metric: str) -> str:
-    """Return an interval of ``metric`` in brackets."""
-    return "[n/a]" if low is None or high is None else f"[{metric_text(low, metric)}, {metric_text(high, metric)}]"
-
-
 def count_text(value: float | None) -> str:
     """Return ``value`` rounded, with thousands apart."""
     return "n/a" if value is None else f"{value:,.0f}"
@@ -165,14 +153,6 @@ def verdict_of(mean: float | None, low: float | None, high: float | None, *, rep
         return Figure(name="verdict", value=f"Grown falls short of the static host: {evidence}.", tone="bad")
     words = f"grown minus static host is {evidence}, and the interval holds zero"
     return Figure(name="verdict", value=f"Not significant: {words}.")
-
-
-def difference_texts(values: Sequence[float], metric: str) -> list[str]:
-    """Signed differences, accuracy in points with as many digits as keep a difference from reading 0.0."""
-    if metric != "accuracy":
-        return [f"{value:+.4g}" for value in values]
-    digits = 1 if all(abs(value) >= _SHOWN_WITH_ONE_DIGIT for value in values) else 2
-    return [f"{100 * value:+.{digits}f} points" for value in values]
 
 
 def page(view: RunView) -> str:

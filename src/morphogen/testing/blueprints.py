@@ -10,10 +10,12 @@ Call :func:`check_blueprint` for a blueprint of your own, or let pytest show eac
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +36,10 @@ LARGEST_MOVE = 0.5
 """A first step that moves the feature by more than this share of its size is a cliff."""
 SMALLEST_MOVE = 1e-6
 LEARNING_STEPS = 3
+LARGEST_SHOCK = 10.0
+"""A residual this many times as large as a feature, of another kind than those the seed was trained on, is a cliff."""
+TIE = 1e-9
+"""Double-precision outputs of order 1 that differ by less are the same."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +61,13 @@ class BlueprintCase:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
 
     def __str__(self) -> str:
-        """Return ``blueprint-operator-layout``, as the id of a test."""
-        return f"{self.blueprint}-{self.operator}-{self.layout}"
+        """Return ``blueprint-operator-layout-option=value``, as the id of a test."""
+        return "-".join([self.blueprint, self.operator, self.layout, *(f"{k}={v}" for k, v in self.options.items())])
+
+    def option(self, name: str) -> Any:
+        """Return what the blueprint is built with for an option, its default unless told; None if it has no such option."""
+        parameters = inspect.signature(blueprints.get(self.blueprint).module).parameters
+        return self.options.get(name, parameters[name].default if name in parameters else None)
 
     def seed(self, dtype: torch.dtype = torch.float32, root: int = 0) -> Seed:
         """Return a newborn seed, equal for equal ``root``."""
@@ -87,13 +98,33 @@ class BlueprintCase:
 
 
 def blueprint_cases(names: Sequence[str] | None = None, width: int = 8) -> tuple[BlueprintCase, ...]:
-    """Return blueprint x operator x layout, of the blueprints called ``names`` or of every one in the registry."""
-    return tuple(
-        BlueprintCase(name, operator, layout, width)
-        for name in (blueprints.names() if names is None else names)
-        for layout in blueprints.get(name).layouts
-        for operator in OPERATORS
-    )
+    """Return blueprint x operator x layout, of the blueprints called ``names`` or of every one in the registry.
+
+    Options that are a bool or a Literal get cases of their own with "add": each other value alone, and all bools together.
+    """
+    cases: list[BlueprintCase] = []
+    for name in blueprints.names() if names is None else names:
+        for layout in blueprints.get(name).layouts:
+            cases += [BlueprintCase(name, operator, layout, width) for operator in OPERATORS]
+            cases += [BlueprintCase(name, "add", layout, width, options) for options in _variants(name)]
+    return tuple(cases)
+
+
+def _variants(name: str) -> list[dict[str, Any]]:
+    """Return options that differ from the defaults where an option's values can be listed."""
+    options = blueprints.get(name).options
+    init: Any = blueprints.get(name).module.__init__
+    hints: dict[str, Any] = get_type_hints(init) if options else {}
+    switched: dict[str, Any] = {}
+    named: list[dict[str, Any]] = []
+    for option in options:
+        default = inspect.signature(init).parameters[option].default
+        if isinstance(default, bool):
+            switched[option] = not default
+        elif get_origin(hints.get(option)) is Literal:
+            named += [{option: value} for value in get_args(hints[option]) if value != default]
+    single = [{option: value} for option, value in switched.items()]
+    return single + ([switched] if len(switched) > 1 else []) + named
 
 
 def check_blueprint(name: str, *, width: int = 8, options: Mapping[str, Any] | None = None) -> None:
@@ -102,13 +133,16 @@ def check_blueprint(name: str, *, width: int = 8, options: Mapping[str, Any] | N
     Args:
         name: Name in the registry.
         width: Channels of the features.
-        options: Options to build it with.
+        options: Options to build it with; by default none, and then each of the values in :func:`blueprint_cases`.
 
     Raises:
         AssertionError: A check failed; the message says which, and what was expected and found.
     """
-    for case, check in itertools.product(blueprint_cases([name], width), CHECKS):
-        check(dataclasses.replace(case, options=dict(options or {})))
+    cases = blueprint_cases([name], width)
+    if options is not None:
+        cases = [dataclasses.replace(case, options=dict(options)) for case in cases if not case.options]
+    for case, check in itertools.product(cases, CHECKS):
+        check(case)
 
 
 def check_identity_at_birth(case: BlueprintCase) -> None:
@@ -228,10 +262,75 @@ def check_every_parameter_learns(case: BlueprintCase) -> None:
     assert not still, f"{case}: every parameter must have moved after {LEARNING_STEPS} steps, {still} did not."
 
 
+def check_constant_feature(case: BlueprintCase) -> None:
+    """A feature that does not vary, and one that was zero, are no cliff: a few steps on them leave s(h) small for any h."""
+    ordinary = case.feature()
+    for value in (0.0, 1.0):
+        seed, feature = case.seed(), torch.full_like(ordinary, value)
+        optimizer = torch.optim.SGD(seed.parameters(), lr=STEP)
+        for _ in range(LEARNING_STEPS):
+            optimizer.zero_grad()
+            _loss(seed, feature).backward()
+            optimizer.step()
+        with torch.no_grad():
+            move = float(seed(ordinary).norm() / ordinary.norm())
+        assert move < LARGEST_SHOCK, (
+            f"{case}: after {LEARNING_STEPS} steps on a feature that is {value} everywhere, s(h) must be less than "
+            f"{LARGEST_SHOCK} times an ordinary h, is {move:.3g} times. Divide by no scale that may be near zero."
+        )
+
+
+def check_samples_apart(case: BlueprintCase) -> None:
+    """In eval mode a sample's residual does not depend on the other samples of the batch."""
+    seed, feature = case.grown_seed(torch.float64).eval(), case.feature(dtype=torch.float64)
+    other = torch.cat((feature[:1], 3.0 - 2.0 * feature[1:]))
+    with torch.no_grad():
+        worst = float((seed(feature)[0] - seed(other)[0]).abs().max())
+    assert worst < TIE, (
+        f"{case}: in eval mode other samples must not change s(h), one did by {worst:.3g}. Use no batch statistics."
+    )
+
+
+def check_causality(case: BlueprintCase) -> None:
+    """With ``causal`` on, s at a position depends on no later one; with it off, it does.
+
+    A blueprint for NLC without such an option sees no later position either: tokens go where nothing may look ahead, and who
+    grows a language model must be able to tell from the options alone. In a signal (NCL) the operator "gate" pools positions.
+    """
+    causal = case.option("causal")
+    if case.layout not in ("NCL", "NLC") or (case.layout == "NCL" and (causal is None or case.operator == "gate")):
+        return
+    worst = max(_leak(case, training) for training in (True, False))
+    if causal is False:
+        assert worst > TIE, f"{case}: with `causal` off s(h) must depend on later positions, does not. Or leave the option out."
+    else:
+        assert worst < TIE, (
+            f"{case}: s(h) must not depend on later positions, does by {worst:.3g}. Pad on the left alone, normalise each "
+            "position by itself, and give a blueprint that looks both ways the option `causal`, off."
+        )
+
+
+def _leak(case: BlueprintCase, training: bool) -> float:
+    """Return how far s moves at most, at any position, when every later position is changed."""
+    seed = case.grown_seed(torch.float64).train()
+    feature = case.feature(8, torch.float64)
+    axis = 1 if case.layout == "NLC" else 2
+    moves: list[float] = []
+    with torch.no_grad():
+        seed(feature)  # first the statistics that some keep, then the rest
+        seed.train(training)
+        expected = copy.deepcopy(seed)(feature)
+        for count in range(1, feature.shape[axis]):
+            kept, later = feature.split([count, feature.shape[axis] - count], axis)
+            found = copy.deepcopy(seed)(torch.cat((kept, 3.0 - 2.0 * later), axis))
+            moves.append(float((found - expected).narrow(axis, 0, count).abs().max()))
+    return max(moves)
+
+
 def check_parameter_count(case: BlueprintCase) -> None:
     """``parameter_count`` says what is built, for several widths."""
     row = blueprints.get(case.blueprint)
-    for width in (case.width, 2 * case.width, 3 * case.width):
+    for width in (case.width, 2 * case.width, 3 * case.width, 5 * case.width):
         built = sum(p.numel() for p in dataclasses.replace(case, width=width).seed().body.parameters())
         said = row.parameter_count(width, case.layout, **case.options)
         assert said == built, f"{case}: `parameter_count` must be {built} at width {width}, got {said}."
@@ -240,12 +339,12 @@ def check_parameter_count(case: BlueprintCase) -> None:
 def check_own_stream(case: BlueprintCase) -> None:
     """Equal generators build equal seeds, and building, running and training one draws from no global generator."""
     before = chance_state()
-    seed, feature = case.seed(), case.feature()
+    seed, twin, feature = case.seed(), case.seed().state_dict(), case.feature()
+    for name, tensor in seed.state_dict().items():
+        same = same_bits(tensor, twin[name])
+        assert same, f"{case}: `{name}` must be the same from the same generator. Draw from torch."
     _loss(seed.train(), feature).backward()
     assert chance_state() == before, f"{case}: no global generator may move. Leave dropout and other chance out of forward."
-    twin = case.seed().state_dict()
-    for name, tensor in seed.state_dict().items():
-        assert same_bits(tensor, twin[name]), f"{case}: `{name}` must be the same from the same generator. Draw from torch."
 
 
 def check_incubation(case: BlueprintCase) -> None:
@@ -270,13 +369,13 @@ def check_incubation(case: BlueprintCase) -> None:
 def check_export(case: BlueprintCase) -> None:
     """Built into a plain module, the seed consists of torch's classes and computes exactly the same in eval mode."""
     host = HostCase(case.layout, case.width)
+    model, example = host.model(), host.example()
+    model.germinate("early", _sowing(case))
+    seed = model.slot("early").seed
+    assert seed is not None
+    seed.load_state_dict(case.grown_seed().state_dict())
     for stage in (Stage.BLENDING, Stage.FOSSILIZED):
-        model, example = host.model(), host.example()
-        model.germinate("early", _sowing(case))
-        seed = model.slot("early").seed
-        assert seed is not None
-        seed.load_state_dict(case.grown_seed().state_dict())
-        lead_to(model, "early", stage, example)
+        lead_to(model.train(), "early", stage, example)
         try:
             plain = model.eval().export()
         except (TypeError, TraceError) as error:
@@ -300,6 +399,9 @@ CHECKS: tuple[Callable[[BlueprintCase], None], ...] = (
     check_channels_last,
     check_first_step,
     check_every_parameter_learns,
+    check_constant_feature,
+    check_samples_apart,
+    check_causality,
     check_parameter_count,
     check_own_stream,
     check_incubation,

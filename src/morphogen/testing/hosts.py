@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from morphogen.growth import GateConfig, GrowableModel, GrowthConfig, GrowthPoint, Stage, blueprints
 from morphogen.growth.layouts import LAYOUTS, Layout, width_of
@@ -171,7 +172,10 @@ def _lift(model: GrowableModel, slot: str, present: Stage, example: Example) -> 
     args, kwargs = example_call(example)
     model.train()
     model.zero_grad(set_to_none=True)
-    model(*args, **kwargs).float().square().mean().backward()
+    _backward(model(*args, **kwargs))
+    if model.needs_shadow:
+        with model.shadow():
+            _backward(model(*args, **kwargs))
     model.sense()
     if present in NEXT_STAGE:
         gate = model.advance(slot)
@@ -179,6 +183,10 @@ def _lift(model: GrowableModel, slot: str, present: Stage, example: Example) -> 
         model.record_contribution(slot, 1.0, 0.0)
         gate = model.fossilize(slot)
     assert gate.passed, f"{slot!r} must pass into {gate.into.name}, lacks {[check.value for check in gate.refusals]}."
+
+
+def _backward(output: object) -> None:
+    torch.stack([tensor.float().square().mean() for tensor in floating_tensors(output)]).sum().backward()
 
 
 def check_host(host: nn.Module, points: Mapping[str, str | GrowthPoint], example: Example) -> None:
@@ -217,24 +225,27 @@ def _output(module: nn.Module, training: bool, example: Example) -> dict[str, Te
     outputs: dict[str, Tensor] = {}
     module = copy.deepcopy(module).train(training)
     chance = read_global_generators()
-    output = module(*args, **kwargs)
+    tensors = floating_tensors(module(*args, **kwargs))
     write_global_generators(chance)
-    flat = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else (output,)
-    for index, value in enumerate(flat):
-        if isinstance(value, Tensor):
-            outputs[f"output {index}"] = value.detach()
+    for index, value in enumerate(tensors):
+        outputs[f"output {index}"] = value.detach()
     return outputs
+
+
+def floating_tensors(output: object) -> list[Tensor]:
+    """Return the floating-point tensors in what a host returns, whatever they are nested in."""
+    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def _check_widths(model: GrowableModel, example: Example) -> None:
     for slot in model.stages():
         site = model.slot(slot).site
-        found: list[Tensor] = []
+        found: list[object] = []
         part = model.host.get_submodule(site.path)
         handle = part.register_forward_hook(lambda module, args, output, found=found: found.append(output))
         _output(model.host, False, example)
         handle.remove()
-        width = width_of(found[0], site.layout)
+        width = width_of(site.feature(found[0], slot), site.layout)
         assert width == site.width, f"slot {slot!r} must be {width} wide as its feature, is {site.width}."
 
 

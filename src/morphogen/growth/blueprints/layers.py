@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from morphogen.growth.layouts import Layout
 
@@ -35,6 +36,31 @@ def input_norm(layout: Layout, width: int) -> nn.Module:
     if layout in ("NC", "NLC"):
         return nn.LayerNorm(width, elementwise_affine=False)
     return nn.GroupNorm(num_groups(width), width, affine=False)
+
+
+def channel_shape(layout: Layout, width: int) -> tuple[int, ...]:
+    """Return the shape in which one value per channel broadcasts over a feature."""
+    return (width,) if layout in ("NC", "NLC") else (width, *(1 for _ in layout[2:]))
+
+
+class AxesSwapped(nn.Module):
+    """The module with axes 1 and 2 of its input and output swapped: a layer for NCL works on NLC, and the reverse."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        """Hold the module."""
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Return the module's output on the swapped input, swapped back."""
+        return self.inner(h.transpose(1, 2)).transpose(1, 2)
+
+
+def one_of(name: str, value: str, choices: Collection[str]) -> str:
+    """Return ``value``; ValueError if the option ``name`` has no such choice."""
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}. Name one of them.")
+    return value
 
 
 def num_groups(width: int, min_channels: int = 4) -> int:

@@ -8,9 +8,29 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from morphogen.growth.layouts import LAYOUTS, Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Surroundings:
+    """Where a seed is to sit, for a blueprint that is made from the host's own layers.
+
+    Attributes:
+        submodule: The growth point; not to be changed.
+        source: What went into it on the example, detached.
+        feature: What it returned, detached.
+        layout: Of the feature.
+        generator: To draw from, on the CPU.
+    """
+
+    submodule: nn.Module
+    source: Tensor
+    feature: Tensor
+    layout: Layout
+    generator: torch.Generator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,20 +53,51 @@ class Blueprint:
         """Return a new module computing s(h) for features of ``width`` channels; s = 0 at birth.
 
         Raises:
-            ValueError: The layout is not one of this blueprint's, or an option is unknown.
+            ValueError: The layout is not one of this blueprint's, an option is unknown, or a width is not enough to build it.
         """
+        self._check_width_tells()
         self._check(layout, options)
         return self.module(width, layout, **options)
 
     def parameter_count(self, width: int, layout: Layout, **options: Any) -> int:
         """Return the number of parameters of :meth:`build` with the same arguments."""
+        self._check_width_tells()
         self._check(layout, options)
         return self.module.parameter_count(width, layout, **options)
 
     @property
+    def from_host(self) -> bool:
+        """Whether it is built from the host's submodule (:meth:`build_on`) instead of from a width."""
+        return hasattr(self.module, "from_host")
+
+    def build_on(self, place: Surroundings, **options: Any) -> nn.Module:
+        """Return a new module made from the host's submodule, on the CPU; s = 0 at birth.
+
+        Raises:
+            SlotError: The submodule is not of the kind that this blueprint needs; the message starts with "must".
+            ValueError: The layout is not one of this blueprint's, or an option is wrong.
+        """
+        self._check(place.layout, options)
+        return self.module.from_host(place, **options)
+
+    def parameter_count_on(self, submodule: nn.Module, **options: Any) -> int:
+        """Return the number of parameters of :meth:`build_on` at ``submodule``."""
+        self._check(self.layouts[0], options)
+        return self.module.parameter_count_on(submodule, **options)
+
+    @property
     def options(self) -> tuple[str, ...]:
         """Names of the options the blueprint takes."""
+        if self.from_host:
+            return tuple(field.name for field in dataclasses.fields(self.module.Options))
         return tuple(inspect.signature(self.module).parameters)[2:]
+
+    def _check_width_tells(self) -> None:
+        if self.from_host:
+            raise ValueError(
+                f"`blueprint` must be one that is built from a width, got {self.name!r}, which is built from the host's "
+                "submodule. Call build_on or parameter_count_on."
+            )
 
     def _check(self, layout: Layout, options: dict[str, Any]) -> None:
         if layout not in self.layouts:
@@ -72,6 +123,9 @@ def blueprint(name: str, layouts: tuple[Layout, ...]) -> Callable[[_Class], _Cla
     The class is built as ``cls(width, layout, **options)``, computes s(h) of the shape of h, is zero at birth with nothing
     after its zero layer, and has a static ``parameter_count(width, layout, **options)``. The conformance suite in
     ``morphogen.testing`` then covers it.
+
+    A class with a classmethod ``from_host(place, **options)`` is made from the host's own layers instead: its options are the
+    fields of its dataclass ``Options``, and its static ``parameter_count_on(submodule, **options)`` counts.
 
     Raises:
         ValueError: The name is taken or a layout unknown.
@@ -99,5 +153,8 @@ def get(name: str) -> Blueprint:
 
 
 def names(layout: Layout | None = None) -> tuple[str, ...]:
-    """Return the names of all blueprints, or of those that work on ``layout``, sorted."""
-    return tuple(sorted(row.name for row in _ROWS.values() if layout is None or layout in row.layouts))
+    """Return the names of the blueprints that can be built from any width, all or those that work on ``layout``, sorted.
+
+    Others, such as "widen", depend on what the host has at the growth point; ask for them by name.
+    """
+    return tuple(sorted(row.name for row in _ROWS.values() if not row.from_host and (layout is None or layout in row.layouts)))
