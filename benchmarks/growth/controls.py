@@ -9,7 +9,7 @@ Learning rates are chosen by the mean metric on the decision split over seeds th
 read once, at the end of the runs that are reported. FLOPs are those of all training steps, of failed seeds too, and of scoring
 seeds. Differences are paired by seed, heuristic minus the other, with 95 % Student intervals.
 
-    python benchmarks/growth/controls.py --task mnist1d [--seeds 10] [--workers 2] [--cache PATH] [--json PATH]
+    python benchmarks/growth/controls.py --task mnist1d [--seeds 10] [--tuning-seeds 3] [--workers 2] [--json PATH]
 
 Each finished run is appended to the cache, so that an interrupted comparison goes on where it was.
 """
@@ -37,7 +37,7 @@ from morphogen.recipes.results import Interval, interval
 RESULTS = Path(__file__).parents[1] / "results"
 GRID = (0.25, 0.5, 1.0, 2.0)
 """Learning rates tried, in units of the task's own."""
-TUNING_SEEDS = (1000, 1001, 1002)
+FIRST_TUNING_SEED = 1000
 FINAL_ARMS = ("full_equal_flops", "static_final", "wide_equal_flops")
 """Arms whose length or structure depends on the heuristic's run of the same seed."""
 
@@ -76,10 +76,20 @@ def _outcome(data: dict[str, Any]) -> Outcome:
 
 
 class Comparison:
-    """All arms of one task."""
+    """All arms of one task.
 
-    def __init__(self, task: str, seeds: Sequence[int], total_steps: int | None, runner: Runner) -> None:
-        self.task, self.seeds, self._runner = task, seeds, runner
+    Args:
+        task: Name of the task.
+        seeds: Of the runs that are reported.
+        tuning_seeds: Of the runs that choose learning rates.
+        runner: Runs them.
+        total_steps: Length of a run; None for the task's.
+    """
+
+    def __init__(
+        self, task: str, seeds: Sequence[int], tuning_seeds: Sequence[int], runner: Runner, total_steps: int | None = None
+    ) -> None:
+        self.task, self.seeds, self.tuning_seeds, self._runner = task, seeds, tuning_seeds, runner
         self.total_steps = total_steps or tasks.get(task).total_steps
         self.arms = [*ARMS, *(["wide", "wide_equal_flops"] if task in WIDE else [])]
         self.rates = [factor * tasks.get(task).learning_rate for factor in GRID]
@@ -87,16 +97,17 @@ class Comparison:
     def tune(self) -> dict[str, dict[float, float]]:
         """Return arm -> learning rate -> mean metric on the decision split."""
         first = [arm for arm in self.arms if arm not in FINAL_ARMS]
-        found = self._runner.run(self._spec(arm, rate, seed) for arm in first for rate in self.rates for seed in TUNING_SEEDS)
+        found = self._runner.run(
+            self._spec(arm, rate, seed) for arm in first for rate in self.rates for seed in self.tuning_seeds
+        )
         scores = self._scores(found)
-        guides = {seed: found[self._spec("heuristic", best(scores["heuristic"]), seed)] for seed in TUNING_SEEDS}
+        guides = {seed: found[self._spec("heuristic", best(scores["heuristic"]), seed)] for seed in self.tuning_seeds}
         steps = {spec: self._flops_per_step(spec, outcome) for spec, outcome in found.items()}
         later = [
             self._later(arm, rate, seed, guides[seed], self._per_step(arm, seed, steps, guides))
             for arm in self.arms
             if arm in FINAL_ARMS
-            for rate in self.rates
-            for seed in TUNING_SEEDS
+            for rate, seed in tried
         ]
         return scores | self._scores(self._runner.run(later))
 
@@ -170,6 +181,7 @@ def summary(comparison: Comparison, scores: dict[str, dict[float, float]], outco
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "task": comparison.task,
         "total_steps": comparison.total_steps,
+        "tuning_seeds": list(comparison.tuning_seeds),
         "metric": tasks.get(comparison.task).metric_name,
         "arms": rows,
     }
@@ -201,6 +213,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", required=True, choices=tasks.names())
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--tuning-seeds", type=int, default=3)
     parser.add_argument("--total-steps", type=int, default=None)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--cache", type=Path, default=None)
@@ -208,7 +221,8 @@ def main() -> None:
     options = parser.parse_args()
     target = options.json or RESULTS / f"growth_controls_{options.task}.json"
     runner = Runner(options.cache or target.with_suffix(".jsonl"), options.workers)
-    comparison = Comparison(options.task, range(options.seeds), options.total_steps, runner)
+    tuning_seeds = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + options.tuning_seeds)
+    comparison = Comparison(options.task, range(options.seeds), tuning_seeds, runner, options.total_steps)
     scores = comparison.tune()
     outcomes = comparison.compare({arm: best(scores[arm]) for arm in comparison.arms})
     data = summary(comparison, scores, outcomes)

@@ -161,17 +161,22 @@ def test_output_in_eval_mode_and_without_gradients_is_the_hosts_own_tensor() -> 
         assert slot.on_output(model.host, (), feature) is None
 
 
+def lengths(tensor: Tensor) -> Tensor:
+    """The length of each row, shape (N, 1)."""
+    return tensor.square().sum(1, keepdim=True).sqrt()
+
+
 @pytest.mark.parametrize("size", [0.01, 0.3, 0.59, 0.61, 5.0, 1e4])
 def test_the_gradient_is_that_of_the_stated_loss(size: float) -> None:
-    """Against autograd on <g, r> + |g| * phi(|r|): quadratic up to twice the limit, linear beyond."""
+    """Against autograd on <g, r> + |g| * phi(|r|) of each sample: quadratic up to twice the limit, linear beyond."""
     generator = torch.Generator().manual_seed(0)
     h, g, r = (torch.randn(5, 7, generator=generator, dtype=torch.float64) for _ in range(3))
-    r = (r * size * h.norm() / r.norm()).requires_grad_()
+    r = (r * size * lengths(h) / lengths(r)).requires_grad_()
     (straight_through(h, r, 0.3) * g).sum().backward()
     twin = r.detach().clone().requires_grad_()
-    limit = 0.3 * h.norm()
-    phi = twin.norm() ** 2 / (2 * limit) if size <= 0.6 else 2 * twin.norm()
-    ((g * twin).sum() + g.norm() * phi).backward()
+    limit = 0.3 * lengths(h)
+    phi = lengths(twin) ** 2 / (2 * limit) if size <= 0.6 else 2 * lengths(twin)
+    ((g * twin).sum() + (lengths(g) * phi).sum()).backward()
     torch.testing.assert_close(r.grad, twin.grad, rtol=1e-9, atol=1e-12)
     assert r.grad is not None and float(r.grad.norm()) <= 3.0 * float(g.norm()) * (1 + 1e-12)
 
@@ -185,7 +190,7 @@ def test_the_residual_settles_at_ratio_times_the_feature_against_the_gradient() 
         optimizer.zero_grad()
         (straight_through(h, r, 0.3) * g).sum().backward()
         optimizer.step()
-    torch.testing.assert_close(r.detach(), -0.3 * h.norm() * g / g.norm(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(r.detach(), -0.3 * lengths(h) * g / lengths(g), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])

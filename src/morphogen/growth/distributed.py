@@ -6,9 +6,8 @@ reaches a seed, by one all-reduce of all of them in the order of the slots. An a
 average, so gradients may be accumulated over any number of passes; under ``no_sync`` the host's gradients wait and the seeds'
 do not, which changes nothing in the result. Buffers of seeds are the wrapper's, which looks for them before each pass.
 
-The gradients are then those of one process on all samples, with two exceptions: BatchNorm normalises with the samples of its
-own process, as ever (convert the host to SyncBatchNorm before it is grown), and once its seed has grown, the pull of
-``straight_through`` goes by the sizes in its own process' batch.
+The gradients are then those of one process on all samples, but for BatchNorm, which normalises with the samples of its own
+process, as ever: convert the host to SyncBatchNorm before it is grown.
 
 Structure is not sent around: every process does the same operations and draws the same seeds. Before each change all processes
 compare what they are about to do, and what gates read is averaged over them.

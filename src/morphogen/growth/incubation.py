@@ -11,8 +11,9 @@ without end since it never feels its own effect, but the gradient of
 
     <g, r> + |g| * phi(|r|),    phi(x) = x^2 / (2 * limit) up to x = 2 * limit, 2 * x beyond,    limit = ratio * |h|
 
-whose minimum lies at r = -limit * g / |g|: against the gradient, ``ratio`` times as long as the feature. The gradient is
-never longer than 3 |g|, also where the feature is dead and the limit zero.
+of each sample, whose minimum lies at r = -limit * g / |g|: against the gradient, ``ratio`` times as long as the feature. The
+gradient is never longer than 3 |g|, also where the feature is dead and the limit zero. Samples do not see each other, so that
+parts of a batch, in turn or in several processes, add up to the whole.
 """
 
 from __future__ import annotations
@@ -55,9 +56,9 @@ class _Silent(torch.autograd.Function):
 
 
 def _norm(tensor: Tensor) -> Tensor:
-    """Return the length of ``tensor``, summed in at least single precision."""
+    """Return the length of each sample, shape (N, 1, ...), summed in at least single precision."""
     dtype = torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else None
-    return torch.linalg.vector_norm(tensor, dtype=dtype)
+    return torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.ndim)), keepdim=True, dtype=dtype)
 
 
 def finite_or_left_out(r: Tensor) -> Tensor:
