@@ -97,9 +97,8 @@ class Comparison:
     def tune(self) -> dict[str, dict[float, float]]:
         """Return arm -> learning rate -> mean metric on the decision split."""
         first = [arm for arm in self.arms if arm not in FINAL_ARMS]
-        found = self._runner.run(
-            self._spec(arm, rate, seed) for arm in first for rate in self.rates for seed in self.tuning_seeds
-        )
+        tried = [(rate, seed) for rate in self.rates for seed in self.tuning_seeds]
+        found = self._runner.run(self._spec(arm, rate, seed) for arm in first for rate, seed in tried)
         scores = self._scores(found)
         guides = {seed: found[self._spec("heuristic", best(scores["heuristic"]), seed)] for seed in self.tuning_seeds}
         steps = {spec: self._flops_per_step(spec, outcome) for spec, outcome in found.items()}
