@@ -11,6 +11,7 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PROMISES = {
     "governed_loop.py": ("step 200: skip: loss is nan", "step 400: rewind: ", "600 observations, 1 step skipped, 1 rewind"),
+    "grow_any_host.py": ("reader: (2, 8, 8) NLC", "the slot is DORMANT", "torch alone"),
     "grow_by_hand.py": ("fossilised, contributing", "same outputs: True"),
 }
 

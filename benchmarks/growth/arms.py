@@ -13,7 +13,7 @@ from morphogen import tasks
 from morphogen.growth import Sowing, Stage
 from morphogen.recipes.arm import ArmRun
 from morphogen.recipes.config import Arm, GrowConfig
-from morphogen.tasks import Task
+from morphogen.tasks import Task, TaskData
 from morphogen.tasks.hosts import conv1d_host
 from morphogen.telemetry.events import Event
 
@@ -23,9 +23,9 @@ CONTROLS = ("static", "full", "full_equal_flops", "static_final")
 ARMS = (*CONTROLS, *POLICIES)
 
 
-def _wide_mnist1d() -> nn.Module:
-    """Three convolutions of 27 channels, 4,951 parameters: about the size of the net of MNIST-1D's authors (25, with biases)."""
-    return conv1d_host((27, 27, 27), 10, kernels=(5, 3, 3))
+def _wide_mnist1d(data: TaskData) -> nn.Module:
+    """Three convolutions of 27 channels, 4,951 parameters: about the size of that of MNIST-1D's authors."""
+    return conv1d_host((27, 27, 27), data.num_classes, kernels=(5, 3, 3))
 
 
 WIDE = {"mnist1d": _wide_mnist1d}
@@ -89,7 +89,7 @@ def run(spec: Spec) -> Outcome:
     elif spec.arm == "static_final":
         kind, task = "reference", dataclasses.replace(task, reference=_sowings(task, dict(spec.fossils)))
     elif spec.arm.startswith("wide"):
-        task = dataclasses.replace(task, make_host=lambda data: WIDE[spec.task]())
+        task = dataclasses.replace(task, make_host=WIDE[spec.task])
     policy = spec.arm if spec.arm in POLICIES else "wait"
     config = GrowConfig(task=spec.task, policy=policy, seed=spec.seed, repeats=1, total_steps=spec.total_steps)
     arm = ArmRun(config, kind, 0, _ignore, task=task)
