@@ -22,23 +22,23 @@ class Tasks:
 class Grow:
     """Train a network that grows, beside the static host and the full-size reference."""
 
-    task: Annotated[str | None, arg(metavar="NAME")] = None
-    """Which task; see `morphogen tasks` (default: mnist1d)."""
-    policy: Annotated[str | None, arg(metavar="NAME")] = None
-    """Who decides: wait, random, periodic or heuristic (default: heuristic)."""
-    seed: Annotated[int | None, arg(metavar="N")] = None
-    """Root seed of the first repeat (default: 0)."""
-    repeats: Annotated[int | None, arg(metavar="N")] = None
-    """Runs of each arm (default: 5)."""
-    steps: Annotated[int | None, arg(metavar="N")] = None
-    """Training steps of a run (default: the task's)."""
-    device: Annotated[str | None, arg(metavar="DEVICE")] = None
-    """Where to train: cpu, cuda, cuda:1, mps (default: cpu)."""
+    task: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: mnist1d)")] = None
+    """Which task; see `morphogen tasks`."""
+    policy: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: heuristic)")] = None
+    """Who decides: wait, random, periodic or heuristic."""
+    seed: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 0)")] = None
+    """Root seed of the first repeat."""
+    repeats: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 5)")] = None
+    """Runs of each arm."""
+    steps: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: the task's)")] = None
+    """Training steps of a run."""
+    device: Annotated[str | None, arg(metavar="DEVICE", help_behavior_hint="(default: cpu)")] = None
+    """Where to train: cpu, cuda, cuda:1, mps."""
     inject: Annotated[tuple[str, ...], arg(metavar="FAULT@STEP"), tyro.conf.UseAppendAction] = ()
-    """Inject nan@STEP or spike@STEP into the grown arm; may be repeated."""
-    out: Annotated[Path | None, arg(metavar="DIR")] = None
-    """Run directory, new or empty (default: the next free one below runs/)."""
-    config: Annotated[Path | None, arg(metavar="FILE.yaml")] = None
+    """Inject a fault, for example nan@700, into the grown arm."""
+    out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: the next free one below runs/)")] = None
+    """Run directory, new or empty."""
+    config: Annotated[Path | None, arg(metavar="FILE.yaml", help_behavior_hint="")] = None
     """Every knob, as config.yaml of a run directory holds them; flags win over it."""
 
 
