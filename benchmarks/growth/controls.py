@@ -80,6 +80,7 @@ class Comparison:
 
     Args:
         task: Name of the task.
+        rates: Learning rates to choose from.
         seeds: Of the runs that are reported.
         tuning_seeds: Of the runs that choose learning rates.
         runner: Runs them.
@@ -87,12 +88,18 @@ class Comparison:
     """
 
     def __init__(
-        self, task: str, seeds: Sequence[int], tuning_seeds: Sequence[int], runner: Runner, total_steps: int | None = None
+        self,
+        task: str,
+        rates: Sequence[float],
+        seeds: Sequence[int],
+        tuning_seeds: Sequence[int],
+        *,
+        runner: Runner,
+        total_steps: int | None = None,
     ) -> None:
-        self.task, self.seeds, self.tuning_seeds, self._runner = task, seeds, tuning_seeds, runner
+        self.task, self.rates, self.seeds, self.tuning_seeds, self._runner = task, rates, seeds, tuning_seeds, runner
         self.total_steps = total_steps or tasks.get(task).total_steps
         self.arms = [*ARMS, *(["wide", "wide_equal_flops"] if task in WIDE else [])]
-        self.rates = [factor * tasks.get(task).learning_rate for factor in GRID]
 
     def tune(self) -> dict[str, dict[float, float]]:
         """Return arm -> learning rate -> mean metric on the decision split."""
@@ -213,6 +220,7 @@ def main() -> None:
     parser.add_argument("--task", required=True, choices=tasks.names())
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--tuning-seeds", type=int, default=3)
+    parser.add_argument("--rates", type=float, nargs="+", help="learning rates to try, by default around the task's own")
     parser.add_argument("--total-steps", type=int, default=None)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--cache", type=Path, default=None)
@@ -221,7 +229,10 @@ def main() -> None:
     target = options.json or RESULTS / f"growth_controls_{options.task}.json"
     runner = Runner(options.cache or target.with_suffix(".jsonl"), options.workers)
     tuning_seeds = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + options.tuning_seeds)
-    comparison = Comparison(options.task, range(options.seeds), tuning_seeds, runner, options.total_steps)
+    rates = options.rates or [factor * tasks.get(options.task).learning_rate for factor in GRID]
+    comparison = Comparison(
+        options.task, rates, range(options.seeds), tuning_seeds, runner=runner, total_steps=options.total_steps
+    )
     scores = comparison.tune()
     outcomes = comparison.compare({arm: best(scores[arm]) for arm in comparison.arms})
     data = summary(comparison, scores, outcomes)

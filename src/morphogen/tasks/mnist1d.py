@@ -86,6 +86,6 @@ TASK = Task(
     batch_size=64,
     total_steps=2000,
     tick_steps=50,
-    learning_rate=4e-2,
+    learning_rate=2e-2,
     weight_decay=1e-2,
 )
