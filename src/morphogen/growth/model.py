@@ -362,7 +362,7 @@ class GrowableModel(nn.Module):
         """Return a plain module that computes the same: no hooks, no slots, nothing of morphogen; a copy in eval mode.
 
         Seeds that act on the output are built in at their present alpha; incubating ones are left out. Both modules run on
-        the example before this returns, without a trace.
+        the example before this returns, without a trace. What guards a cache of keys and values is left behind (``caches.py``).
 
         Raises:
             SlotError: The host gets at a grown submodule in a way that a plain one cannot follow, such as its attributes.

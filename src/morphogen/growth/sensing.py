@@ -15,9 +15,8 @@ from torch.nn.utils import get_total_norm
 from morphogen.growth.distributed import Processes
 from morphogen.growth.gates import Reading, SlotSensors as SlotSensors
 from morphogen.growth.lifecycle import LIVE
+from morphogen.growth.points import HOST
 from morphogen.growth.slots import SeedSlot
-
-_HOST = "host"
 
 
 def sense_gradients(
@@ -48,7 +47,7 @@ def sense_gradients(
     if not live:
         return
     scale, seeking = _scale_of(scaler)
-    gradients = [[p.grad for _, p in owners[name] if p.grad is not None] for name in (_HOST, *live)]
+    gradients = [[p.grad for _, p in owners[name] if p.grad is not None] for name in (HOST, *live)]
     norms = [_norm(found) for found in gradients] + [_norm(p.detach() for _, p in owners[name]) for name in live]
     device = next((p.device for name in live for _, p in owners[name]), torch.device("cpu"))
     values = torch.stack([norm.to(device) for norm in norms]).tolist()

@@ -19,7 +19,7 @@ from torch.nn import Parameter
 from torch.optim import LBFGS, Adafactor, Optimizer, RMSprop
 
 from morphogen.errors import StateMismatch
-from morphogen.state import fitting
+from morphogen.state import fitting, surgery
 
 _POWERS = {
     **dict.fromkeys(("exp_avg", "momentum_buffer", "grad_avg", "prev", "exp_inf"), -1),
@@ -79,7 +79,7 @@ def grow_moments(optimizers: Iterable[Optimizer], grafts: Sequence[Graft]) -> di
         >>> optimizer.state[weight]["momentum_buffer"][:, 0].tolist()
         [1.0, 1.0, 2.0]
     """
-    homes = {parameter: optimizer for optimizer in optimizers for parameter in _members(optimizer)}
+    homes = {parameter: optimizer for optimizer in optimizers for parameter in surgery.parameters_of(optimizer)}
     for graft in grafts:
         if not 0.0 < graft.scale < float("inf"):
             raise ValueError(f"`scale` must be positive and finite, got {graft.scale}. A part of nothing is no part.")
@@ -122,10 +122,6 @@ def _misfactored(state: Mapping[str, Any], parameter: Parameter) -> list[str]:
         for key, expected in wanted.items()
         if isinstance(state.get(key), Tensor) and tuple(state[key].shape) != expected
     ]
-
-
-def _members(optimizer: Optimizer) -> list[Parameter]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _grown_state(home: Optimizer, graft: Graft, other: Optimizer | None) -> tuple[dict[str, Tensor], str]:
