@@ -107,7 +107,7 @@ def remember_optimizers(parts: Parts, undo: contextlib.ExitStack) -> None:
     for scheduler in parts.schedulers.values():
         undo.callback(schedules.remember(scheduler))
     for part, scaler in parts.scalers.items():
-        _remember_extra("state", part, scaler, undo)
+        _remember_extra(part, scaler, undo)
 
 
 def write_extras(parts: Parts, snapshot: Snapshot, kinds: Sequence[str], undo: contextlib.ExitStack) -> None:
@@ -115,18 +115,18 @@ def write_extras(parts: Parts, snapshot: Snapshot, kinds: Sequence[str], undo: c
     for name, data in snapshot.meta.get("extras", {}).items():
         kind, extra = parts.kinds[name], parts.extras[name]
         if kind in kinds:
-            _remember_extra(kind, name, extra, undo)
-            _write_extra(kind, extra, data, snapshot.loose)
+            _remember_extra(name, extra, undo)
+            _write_extra(extra, data, snapshot.loose)
 
 
-def _remember_extra(kind: extras.ExtraKind, name: str, extra: object, undo: contextlib.ExitStack) -> None:
+def _remember_extra(name: str, extra: object, undo: contextlib.ExitStack) -> None:
     table: trees.TensorTable = {}
-    before = trees.encode(extras.read_extra(kind, extra), table, name)
-    undo.callback(_write_extra, kind, extra, before, table)
+    before = trees.encode(extras.read_extra(extra), table, name)
+    undo.callback(_write_extra, extra, before, table)
 
 
-def _write_extra(kind: extras.ExtraKind, extra: object, data: Json, table: Mapping[str, Tensor]) -> None:
-    extras.write_extra(kind, extra, trees.decode(data, table))
+def _write_extra(extra: object, data: Json, table: Mapping[str, Tensor]) -> None:
+    extras.write_extra(extra, trees.decode(data, table))
 
 
 def commit_topology(parts: Parts, planned: Plan, undo: contextlib.ExitStack) -> None:

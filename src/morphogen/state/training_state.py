@@ -127,7 +127,7 @@ class TrainingState:
                 for part, value in group.items()
             }
         meta["extras"] = {
-            name: trees.encode(extra_kinds.read_extra(parts.kinds[name], parts.extras[name]), loose, f"extras.{name}")
+            name: trees.encode(extra_kinds.read_extra(parts.extras[name]), loose, f"extras.{name}")
             for name in parts.extras_of("stream", "state")
         }
         meta["generators"] = trees.encode(read_global_generators(), loose, "generators")
