@@ -49,5 +49,22 @@ class TrainingCollapsed(MorphogenError):
         super().__init__(message)
 
 
+class UpdateDiverged(MorphogenError):
+    """Minibatch after minibatch was not finite; none of them changed anything, and what was learned before is whole."""
+
+
 class DataError(MorphogenError):
     """The files of a data set are not here, damaged, or not what they should be; the message says how to get them."""
+
+
+class EnvironmentFault(MorphogenError):
+    """An environment raised, or gave something that cannot be learned from; the learner's own state is whole.
+
+    Attributes:
+        env_index: The environment at fault within its vector, where it can be known.
+    """
+
+    def __init__(self, message: str, env_index: int | None = None) -> None:
+        """Keep the index beside the message."""
+        self.env_index = env_index
+        super().__init__(message)
