@@ -25,7 +25,8 @@ def run(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "words", [("--help",), ("tasks", "--help"), ("grow", "--help"), ("resume", "--help"), ("report", "--help")]
+    "words",
+    [("--help",), ("tasks", "--help"), ("grow", "--help"), ("ppo", "--help"), ("resume", "--help"), ("report", "--help")],
 )
 def test_help_fits_a_screen_and_imports_no_torch(words: tuple[str, ...], tmp_path: Path) -> None:
     found = run(*words, cwd=tmp_path)

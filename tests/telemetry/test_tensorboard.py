@@ -81,6 +81,21 @@ def test_a_resumed_run_replaces_what_came_after_its_checkpoint(tmp_path: Path) -
     assert curve(tmp_path / "grown" / "repeat-0", "metric") == [(10, 1.0), (20, 1.0), (30, 2.0), (40, 2.0)]
 
 
+def test_what_ppo_measures_is_read_back(tmp_path: Path) -> None:
+    sink = TensorBoardSink(tmp_path)
+    for step, value in ((100, "nan"), (200, 2.0), (300, 3.0)):
+        sink.write({"event": "Updated", "seconds": 1.0, "step": step, "mean_return": value, "epochs": 4})
+        if step == 200:
+            sink.write({"event": "Evaluated", "seconds": 1.0, "step": step, "mean_return": 7.0, "episodes": 5})
+    sink.write({"event": "PPOFinished", "step": 300, "wall_seconds": 9.0})
+    sink.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation", "training"]
+    assert tags(tmp_path / "training") == {"mean_return", "epochs"}
+    assert curve(tmp_path / "training", "mean_return")[1:] == [(200, 2.0), (300, 3.0)]
+    assert curve(tmp_path / "training", "epochs") == [(100, 4.0), (200, 4.0), (300, 4.0)]
+    assert curve(tmp_path / "evaluation", "mean_return") == [(200, 7.0)]
+
+
 def test_a_record_without_its_place_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`TickMeasured` must carry arm, repeat and train_step, got None"):
         TensorBoardSink(tmp_path).write({"event": "TickMeasured"})

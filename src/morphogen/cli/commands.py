@@ -43,6 +43,40 @@ class Grow:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PPO:
+    """Train an agent by proximal policy optimisation, then evaluate it."""
+
+    env: Annotated[str | None, arg(metavar="ID", help_behavior_hint="")] = None
+    """Registered Gymnasium environment, for example CartPole-v1."""
+    steps: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 100000)")] = None
+    """Environment steps, over all environments."""
+    seed: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 0)")] = None
+    """Root of all chance."""
+    num_envs: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 8)")] = None
+    """Environments that are stepped together."""
+    memory: Annotated[str | None, arg(metavar="KIND", help_behavior_hint="(default: none)")] = None
+    """Memory of the policy: none, lstm or gru."""
+    critic: Annotated[str | None, arg(metavar="KIND", help_behavior_hint="(default: scalar)")] = None
+    """What the critic predicts: scalar, quantile or categorical."""
+    normalize: Annotated[bool, arg(help_behavior_hint=""), tyro.conf.FlagCreatePairsOff] = False
+    """Normalise observations and rewards."""
+    settings: Annotated[
+        tuple[str, ...], arg(name="set", metavar="NAME=VALUE", help_behavior_hint=""), tyro.conf.UseAppendAction
+    ] = ()
+    """Any setting of PPOConfig, for example gamma=0.98; may come often."""
+    eval_episodes: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 10)")] = None
+    """Episodes of the evaluation."""
+    video: Annotated[bool, arg(help_behavior_hint=""), tyro.conf.FlagCreatePairsOff] = False
+    """Record evaluation episodes; needs moviepy."""
+    device: Annotated[str | None, arg(metavar="DEVICE", help_behavior_hint="(default: cpu)")] = None
+    """Where the network is: cpu, cuda, cuda:1."""
+    out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: the next free one below runs/)")] = None
+    """Run directory, new or empty."""
+    config: Annotated[Path | None, arg(metavar="FILE.yaml", help_behavior_hint="")] = None
+    """Every knob, as config.yaml of a run directory holds them; flags win over it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Resume:
     """Go on with a run that was interrupted or killed; on a CPU bit-identically."""
 
@@ -61,6 +95,7 @@ class Report:
 Command = (
     Annotated[Tasks, tyro.conf.subcommand("tasks")]
     | Annotated[Grow, tyro.conf.subcommand("grow")]
+    | Annotated[PPO, tyro.conf.subcommand("ppo")]
     | Annotated[Resume, tyro.conf.subcommand("resume")]
     | Annotated[Report, tyro.conf.subcommand("report")]
 )

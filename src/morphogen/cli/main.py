@@ -9,15 +9,19 @@ from typing import Any
 
 import tyro
 
-from morphogen.cli.commands import Command, Grow, Report, Resume, Tasks
+from morphogen.cli.codes import FAILED, INTERRUPTED, MISUSED
+from morphogen.cli.commands import PPO, Command, Grow, Report, Resume, Tasks
 from morphogen.errors import MorphogenError
 
-FAILED = 1
-MISUSED = 2
-INTERRUPTED = 130
-
 _DESCRIPTION = "Train PyTorch networks that change while they train."
-_HANDLERS: dict[type, str] = {Tasks: "show_tasks", Grow: "grow", Resume: "resume", Report: "report"}
+_HANDLERS: dict[type, tuple[str, str]] = {
+    Tasks: ("tasks", "show_tasks"),
+    Grow: ("grow", "grow"),
+    PPO: ("ppo", "ppo"),
+    Resume: ("runs", "resume"),
+    Report: ("runs", "report"),
+}
+"""The module below ``morphogen.cli`` that does what a command says, imported when it is given, and its function."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -27,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: Words after ``morphogen``; those of the process by default.
     """
     command: Any = tyro.cli(Command, prog="morphogen", description=_DESCRIPTION, args=arguments)  # pyright: ignore
-    handler = getattr(importlib.import_module("morphogen.cli.handlers"), _HANDLERS[type(command)])
+    module, function = _HANDLERS[type(command)]
+    handler = getattr(importlib.import_module(f"morphogen.cli.{module}"), function)
     try:
         code = handler(command)
     except (MorphogenError, OSError) as error:
@@ -40,5 +45,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _complain(error: Exception, code: int) -> int:
-    print(f"morphogen: {' '.join(str(error).split())}", file=sys.stderr)
+    said = " ".join([str(error), *getattr(error, "__notes__", ())])
+    print(f"morphogen: {' '.join(said.split())}", file=sys.stderr)
     return code

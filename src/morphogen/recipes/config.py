@@ -6,19 +6,20 @@ from typing import Literal
 
 from pydantic import Field
 
-from morphogen.config import Config
 from morphogen.governor.config import GovernorConfig
 from morphogen.growth.config import GrowthConfig
 from morphogen.growth.newborn import NewbornConfig
+from morphogen.recipes.job_config import JobConfig
 
 Arm = Literal["static", "reference", "grown"]
 ARMS: tuple[Arm, ...] = ("static", "reference", "grown")
 
 
-class GrowConfig(Config):
+class GrowConfig(JobConfig):
     """One grow job: the same task trained three ways, several times, and compared.
 
     Attributes:
+        job: Always "grow"; a config without it is one of a grow job too.
         task: Name of a task.
         policy: Name of the policy of the grown arm.
         seed: Root seed of the first repeat; repeat i uses ``seed + i``.
@@ -33,6 +34,7 @@ class GrowConfig(Config):
         governor: Detection and recovery. No batches are passed over: after a rewind they come in another order.
     """
 
+    job: Literal["grow"] = "grow"
     task: str = "mnist1d"
     policy: str = "heuristic"
     seed: int = Field(default=0, ge=0)
@@ -45,3 +47,8 @@ class GrowConfig(Config):
     newborn: NewbornConfig = NewbornConfig()
     growth: GrowthConfig = GrowthConfig()
     governor: GovernorConfig = GovernorConfig(skip_window_steps=0)
+
+    @property
+    def run_name(self) -> str:
+        """Return task and policy."""
+        return f"{self.task}-{self.policy}"

@@ -11,33 +11,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import platform
 import shlex
 import shutil
-import signal
-import threading
-from collections.abc import Callable, Generator
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from morphogen import control, tasks
-from morphogen.errors import CheckpointError
 from morphogen.governor.faults import Fault
 from morphogen.recipes.arm import ArmRun
 from morphogen.recipes.artefacts import write_network
 from morphogen.recipes.config import Arm, GrowConfig
 from morphogen.recipes.events import RunFinished, RunStarted
+from morphogen.recipes.interrupts import interrupts
 from morphogen.recipes.results import ArmResult, Interval, Row, paired_difference, sentence, table
-from morphogen.recipes.run_directory import RunDirectory, write_text
+from morphogen.recipes.run_directory import RunDirectory
+from morphogen.recipes.versions import versions
 from morphogen.telemetry.bus import EventBus
 from morphogen.telemetry.events import Event, Json, Sink, to_json
 from morphogen.telemetry.jsonl import JsonlSink
 from morphogen.telemetry.report import write_report
 from morphogen.telemetry.tensorboard import TensorBoardSink
-from morphogen.version import __version__
 
 _EXAMPLE_SIZE = 64
 
@@ -92,7 +84,7 @@ def resume(path: Path, *, sinks: tuple[Sink, ...] = ()) -> GrowResult:
     Raises:
         MorphogenError: There is no run at ``path``, or its files are damaged.
     """
-    directory, config = RunDirectory.open(path)
+    directory, config = RunDirectory.open(path, GrowConfig)
     check(config)
     return _Job(config, directory, sinks).run()
 
@@ -140,7 +132,7 @@ class _Job:
 
     def run(self) -> GrowResult:
         """Do what is left, or stop at the next tick when interrupted."""
-        with contextlib.closing(self._bus), _interrupts(self._request_stop):
+        with contextlib.closing(self._bus), interrupts(self._request_stop):
             if self._log.offset == 0:
                 self._emit(_run_started(self._config, self._directory.path))
             for repeat, arm in self._remaining():
@@ -198,25 +190,14 @@ class _Job:
         """Write a checkpoint beside the last one; the pointer moves when the new one is whole."""
         name = f"{run.arm}-{run.repeat}-step-{run.cursor.step}-{run.governor.rollbacks}"
         run.save(self._directory.checkpoints / name, self._log.offset)
-        pointer = {"checkpoint": name, "arm": run.arm, "repeat": run.repeat}
-        write_text(self._directory.checkpoints / "current.json", json.dumps(pointer))
-        self._remove_checkpoints(keep=name)
-
-    def _remove_checkpoints(self, keep: str | None) -> None:
-        for old in self._directory.checkpoints.iterdir():
-            if old.is_dir() and old.name != keep:
-                shutil.rmtree(old)
+        self._directory.point_at(name, arm=run.arm, repeat=run.repeat)
 
     def _reopen(self) -> ArmRun | None:
         """Return the arm under way at its last checkpoint; None if the next arm has to start anew."""
-        pointer_path = self._directory.checkpoints / "current.json"
         remaining = self._remaining()
-        if not remaining or not pointer_path.exists():
+        pointer = self._directory.read_pointer() if remaining else None
+        if pointer is None:
             return None
-        try:
-            pointer = json.loads(pointer_path.read_text())
-        except ValueError as error:
-            raise CheckpointError(f"{pointer_path}: is not JSON: {error}. Delete it to start this arm anew.") from error
         if (pointer["repeat"], pointer["arm"]) != remaining[0]:
             return None  # the arm was finished after its last checkpoint
         run = ArmRun(self._config, pointer["arm"], pointer["repeat"], self._emit)
@@ -224,6 +205,7 @@ class _Job:
         return run
 
     def _write_network(self, run: ArmRun) -> None:
+        self._directory.networks.mkdir(exist_ok=True)
         stem = self._directory.networks / f"grown-{run.repeat}"
         difference = write_network(run.model, run.built.data.test.rows(slice(_EXAMPLE_SIZE))[0], stem)
         self._networks[str(run.repeat)] = {"file": f"networks/{stem.name}.pt2", "max_abs_difference": difference}
@@ -249,7 +231,7 @@ class _Job:
                 "log_offset": self._log.offset,
             }
         )
-        self._remove_checkpoints(keep=None)
+        self._directory.remove_checkpoints()
 
     # -- events -----------------------------------------------------------------------------------------------------
 
@@ -264,39 +246,13 @@ class _Job:
         self._stop = True
 
 
-@contextlib.contextmanager
-def _interrupts(request_stop: Callable[[], None]) -> Generator[None]:
-    """Turn the first Ctrl-C or termination signal into a request; the second acts as usual."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def handle(number: int, frame: object) -> None:
-        signal.signal(number, before[signal.Signals(number)])
-        request_stop()
-
-    for number in before:
-        signal.signal(number, handle)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _run_started(config: GrowConfig, directory: Path) -> RunStarted:
     return RunStarted(
         task=config.task,
         policy=config.policy,
         command=shlex.join(["morphogen", "grow", "--config", str(directory / "config.yaml")]),
         config=config.model_dump(mode="json"),
-        versions={
-            "morphogen": __version__,
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "python": platform.python_version(),
-        },
+        versions=versions(),
         repeats=config.repeats,
         metric_name=tasks.get(config.task).metric_name,
     )

@@ -1,4 +1,4 @@
-"""Live progress on a terminal: one line that moves, and one that stays for each finished arm, rewind and fault."""
+"""Live progress on a terminal: one line that moves, and one that stays for whatever a person should not miss."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SHORT = {"dormant": "·", "fossilized": "fossil"}
 
 @final
 class ConsoleSink:
-    """Shows how far a job is: metric, parameters, stage of each slot, governor, time left.
+    """Shows how far a grow job is: metric, parameters, stage of each slot, governor, time left.
 
     On a terminal one line is redrawn at most twice a second; elsewhere a plain line is printed every few seconds.
 
@@ -41,24 +41,12 @@ class ConsoleSink:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Start the display."""
-        self._console = console or Console(stderr=True)
+        self._line = _MovingLine(console, clock)
         self._clock = clock
         self._metric = metric
         self._started = clock()
-        self._printed = clock()
         self._num_arms, self._arms_done, self._at_start = num_arms, arms_done, float(arms_done)
         self._total_steps = 1
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=18),
-            TextColumn("{task.fields[state]}"),
-            console=self._console,
-            refresh_per_second=_REDRAWS_PER_SECOND,
-            transient=True,
-            disable=not self._console.is_terminal,
-        )
-        self._row = self._progress.add_task("starting", total=1.0, state="")
-        self._progress.start()
 
     def write(self, record: Mapping[str, Json]) -> None:
         """Show ``record`` if it is one of the kinds a person waits for."""
@@ -71,46 +59,141 @@ class ConsoleSink:
         elif kind == "ArmFinished":
             self._arms_done += 1
             metric = metric_text(fields["test_metric"], self._metric)
-            self._say(
+            self._line.say(
                 f"{_arm(fields)}: test {metric}, {fields['parameters']:,} parameters, "
                 f"{fields['wall_seconds']:.1f} s, {fields['rollbacks']} rollbacks"
             )
         elif kind == "FaultInjected":
-            self._say(f"{_arm(fields)}: step {fields['train_step']}: injected {fields['fault']}")
+            self._line.say(f"{_arm(fields)}: step {fields['train_step']}: injected {fields['fault']}")
         elif kind == "StepSkipped":
-            self._say(f"{_arm(fields)}: skipped step {fields['train_step']}: {fields['reason']}")
+            self._line.say(f"{_arm(fields)}: skipped step {fields['train_step']}: {fields['reason']}")
         elif kind == "Rollback":
-            self._say(f"{_arm(fields)}: rewound from {fields['from_step']} to {fields['to_step']}: {fields['reason']}")
+            self._line.say(f"{_arm(fields)}: rewound from {fields['from_step']} to {fields['to_step']}: {fields['reason']}")
 
     def close(self) -> None:
         """Take the moving line away."""
-        self._progress.stop()
+        self._line.close()
 
     def _show(self, fields: dict[str, Any]) -> None:
-        done = self._arms_done + fields["train_step"] / self._total_steps
+        step, total = fields["train_step"], self._total_steps
         slots = " ".join(f"{name}:{_SHORT.get(stage, stage)}" for name, stage in fields["stages"].items())
         state = (
             f"{metric_text(fields['metric'], self._metric)}  {fields['parameters']:,} par  {slots}  {fields['governor']}  "
-            f"ETA {_clock_text(self._remaining(done))}"
+            f"ETA {_clock_text(self._remaining(self._arms_done + step / total))}"
         )
         title = f"{min(self._arms_done + 1, self._num_arms)}/{self._num_arms} {_arm(fields)}"
-        share = fields["train_step"] / self._total_steps
-        self._progress.update(self._row, description=title, completed=share, state=state)
-        if not self._console.is_terminal and self._clock() - self._printed >= _PLAIN_SECONDS:
-            self._printed = self._clock()
-            self._say(f"{title} step {fields['train_step']}/{self._total_steps}  {state}")
+        self._line.show(title, step / total, state, plain=f"{title} step {step}/{total}  {state}")
 
     def _remaining(self, done: float) -> float | None:
         """Seconds left, if the rest goes at the pace of this sitting."""
         here = done - self._at_start
         return None if here <= 0 else (self._clock() - self._started) * (self._num_arms - done) / here
 
-    def _say(self, text: str) -> None:
+
+@final
+class PPOConsoleSink:
+    """Shows how far a PPO job is: return, length, KL, explained variance, speed, time left.
+
+    Lines are redrawn or printed as by :class:`ConsoleSink`.
+
+    Args:
+        total_steps: Environment steps of the job.
+        console: Where to write; standard error by default.
+        clock: Seconds from any origin.
+    """
+
+    def __init__(
+        self, total_steps: int, *, console: Console | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Start the display."""
+        self._line = _MovingLine(console, clock)
+        self._clock = clock
+        self._total_steps = total_steps
+        self._first: tuple[float, int] | None = None
+
+    def write(self, record: Mapping[str, Json]) -> None:
+        """Show ``record`` if it is one of the kinds a person waits for."""
+        fields = cast("dict[str, Any]", record)
+        kind = fields["event"]
+        if kind == "Updated":
+            self._show(fields)
+            if fields["skipped_minibatches"]:
+                self._line.say(f"step {fields['step']:,}: {fields['skipped_minibatches']} minibatches were not finite, skipped")
+        elif kind == "Evaluated":
+            spread = f"{_number(fields['mean_return'])} ± {_number(fields['std_return'])}"
+            self._line.say(f"step {fields['step']:,}: return {spread} over {fields['episodes']} evaluation episodes")
+        elif kind == "EpisodesRestarted":
+            self._line.say(f"step {fields['step']:,}: episodes under way were begun anew: {fields['reason']}")
+
+    def close(self) -> None:
+        """Take the moving line away."""
+        self._line.close()
+
+    def _show(self, fields: dict[str, Any]) -> None:
+        step, total = fields["step"], self._total_steps
+        state = (
+            f"return {_number(fields['mean_return'])}  length {_number(fields['mean_length'])}  KL {_number(fields['kl'])}  "
+            f"EV {_number(fields['explained_variance'])}  {fields['steps_per_second']:,.0f} steps/s  "
+            f"ETA {_clock_text(self._remaining(step, fields['steps_per_second']))}"
+        )
+        title = f"step {step:,}/{total:,}"
+        self._line.show(title, min(step / total, 1.0), state, plain=f"{title}  {state}")
+
+    def _remaining(self, step: int, speed: float) -> float | None:
+        """Seconds left at the pace since the first update of this sitting; at the pace within it while there is no other."""
+        now = self._clock()
+        left = max(self._total_steps - step, 0)
+        if self._first is None:
+            self._first = (now, step)
+            return left / speed if speed > 0 else None
+        started, first = self._first
+        return (now - started) * left / (step - first)
+
+
+class _MovingLine:
+    """One line that is redrawn in place on a terminal; elsewhere a plain one is printed every few seconds."""
+
+    def __init__(self, console: Console | None, clock: Callable[[], float]) -> None:
+        self._console = console or Console(stderr=True)
+        self._clock = clock
+        self._printed = clock()
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=18),
+            TextColumn("{task.fields[state]}"),
+            console=self._console,
+            refresh_per_second=_REDRAWS_PER_SECOND,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._row = self._progress.add_task("starting", total=1.0, state="")
+        self._progress.start()
+
+    def show(self, title: str, share: float, state: str, *, plain: str) -> None:
+        """Show that ``share`` of the work is done; ``plain`` is the whole line where none can be redrawn."""
+        self._progress.update(self._row, description=title, completed=share, state=state)
+        if not self._console.is_terminal and self._clock() - self._printed >= _PLAIN_SECONDS:
+            self._printed = self._clock()
+            self.say(plain)
+
+    def say(self, text: str) -> None:
+        """Print a line that stays."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Take the line away."""
+        self._progress.stop()
 
 
 def _arm(fields: dict[str, Any]) -> str:
     return f"{fields['arm']} #{fields['repeat']}"
+
+
+def _number(value: float | str) -> str:
+    """Return ``value`` to four digits; records name what is not finite, and NaN means that there is nothing yet."""
+    if isinstance(value, str):
+        return "-" if value == "nan" else value
+    return f"{value:.4g}"
 
 
 def _clock_text(seconds: float | None) -> str:

@@ -41,6 +41,7 @@ from morphogen.telemetry.jsonl import (
     text_in,
 )
 from morphogen.telemetry.metrics import interval_text, metric_text
+from morphogen.telemetry.ppo_report import ppo_page
 
 _LOSSES_BEFORE, _LOSSES_AFTER = 12, 6
 _NUMBER = re.compile(r"[-+]?\d[\d.,]*(?:e[-+]?\d+)?%?")
@@ -65,15 +66,15 @@ def write_report(run_directory: str | os.PathLike[str]) -> Path:
     if not log.is_file():
         raise FileNotFoundError(f"`run_directory` must hold events.jsonl, got {directory}. Give the directory of a run.")
     written = datetime.datetime.fromtimestamp(log.stat().st_mtime, datetime.UTC)
-    view = view_of(
-        read_records(log),
-        name=f"{directory.resolve().name}, log last written {written:%Y-%m-%d %H:%M:%S} UTC",
-        config=_text_of(directory / "config.yaml"),
-        summary=_text_of(directory / "summary.json"),
-    )
+    records, name = read_records(log), f"{directory.resolve().name}, log last written {written:%Y-%m-%d %H:%M:%S} UTC"
+    config, summary = _text_of(directory / "config.yaml"), _text_of(directory / "summary.json")
+    if last_of(records.records, "PPOStarted") is not None:
+        page = ppo_page(records, name=name, config=config, summary=summary)
+    else:
+        page = pages.page(view_of(records, name=name, config=config, summary=summary))
     path = directory / "report.html"
     draft = directory / ".report.html.draft"
-    draft.write_bytes(pages.page(view).encode("utf-8", "replace"))
+    draft.write_bytes(page.encode("utf-8", "replace"))
     os.replace(draft, path)
     return path
 

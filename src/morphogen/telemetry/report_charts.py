@@ -1,7 +1,7 @@
 """Pictures of a report: pure functions from what is to be drawn to inline SVG.
 
 Colours are CSS classes (``arm-grown``, ``stage-holding``), so that the page alone decides light, dark and print. The x
-axis is always the optimizer step; points of a line never go back along it.
+axis is the optimizer step unless a chart says otherwise; points of a line never go back along it.
 
 Source: standard library only.
 """
@@ -20,16 +20,21 @@ _WIDTH = 760
 _MAX_POINTS = 400
 _LABEL_GAP = 14
 _TEXT_WIDTH, _BOLD_WIDTH = 6.2, 7.6
+_COLOURED = ("static", "reference", "grown")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Line:
-    """One curve. ``kind``: "mean" (thick, labelled at its end), "repeat" (thin) or "lost" (dashed: rewound work)."""
+    """One curve. ``kind``: "mean" (thick, labelled at its end), "repeat" (thin) or "lost" (dashed: rewound work).
+
+    ``arm`` gives the colour, and the label at the end where ``label`` is empty.
+    """
 
     points: tuple[Point, ...]
     arm: str
     kind: str
     title: str
+    label: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +63,7 @@ class LineChart:
     last_step: float = 0
     includes_zero: bool = False
     is_focused: bool = False
+    steps_name: str = "optimizer steps"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -201,7 +207,7 @@ def line_chart(chart: LineChart, *, height: int = 270) -> Markup:
     y_scale = Scale(y_ticks[0], y_ticks[-1], height - 36, 12)
     body = (
         *(_y_tick(value, name, y_scale, x_scale) for value, name in zip(y_ticks, y_names, strict=True)),
-        *_x_axis(x_scale, height - 36),
+        *_x_axis(x_scale, height - 36, chart.steps_name),
         *(_curve(line, x_scale, y_scale) for line in sorted(lines, key=lambda line: line.kind == "mean")),
         *_end_labels([line for line in lines if line.kind == "mean"], chart.value_text, x_scale, y_scale),
         *(_mark(mark, x_scale(mark.step), height - 36 if mark.y is None else y_scale(mark.y)) for mark in chart.marks),
@@ -251,7 +257,7 @@ def lane_chart(chart: LaneChart) -> Markup:
 
 def arm_class(arm: str) -> str:
     """Return the CSS class of ``arm``; one for all arms that have no colour of their own."""
-    return f"arm-{arm}" if arm in ("static", "reference", "grown") else "arm-other"
+    return f"arm-{arm}" if arm in _COLOURED else "arm-other"
 
 
 def _svg(label: str, height: float, body: Iterable[Markup]) -> Markup:
@@ -273,11 +279,11 @@ def _y_tick(value: float, text: str, y_scale: Scale, x_scale: Scale) -> Markup:
     return join((line, tag("text", text, x=x_scale.start - 8, y=y + 4, class_="tick right")))
 
 
-def _x_axis(x_scale: Scale, y: float) -> list[Markup]:
+def _x_axis(x_scale: Scale, y: float, name: str = "optimizer steps") -> list[Markup]:
     ticks = [value for value in nice_ticks(0, x_scale.high, 6) if value <= x_scale.high]
     numbers = [tag("text", f"{value:,.0f}", x=x_scale(value), y=y + 16, class_="tick middle") for value in ticks]
     axis = tag("path", d=f"M{x_scale.start:.1f} {y:.1f}H{x_scale.end:.1f}", class_="axis")
-    return [axis, *numbers, tag("text", "optimizer steps", x=x_scale.end, y=y + 31, class_="tick right")]
+    return [axis, *numbers, tag("text", name, x=x_scale.end, y=y + 31, class_="tick right")]
 
 
 def _curve(line: Line, x_scale: Scale, y_scale: Scale) -> Markup:
@@ -294,7 +300,8 @@ def _end_labels(lines: Sequence[Line], value_text: Callable[[float], str], x_sca
         label_y = max(y, next_y)
         next_y = label_y + _LABEL_GAP
         leader = tag("path", d=f"M{x + 6:.1f} {y:.1f}H{x_scale.end:.1f}L{x_scale.end + 6:.1f} {label_y:.1f}", class_="leader")
-        name = tag("text", f"{line.arm} {value_text(line.points[-1][1])}", x=x_scale.end + 10, y=label_y + 4, class_="name")
+        words = f"{line.label or line.arm} {value_text(line.points[-1][1])}"
+        name = tag("text", words, x=x_scale.end + 10, y=label_y + 4, class_="name")
         parts.append(tag("g", leader, tag("circle", cx=x, cy=y, r=4, class_="dot"), name, class_=arm_class(line.arm)))
     return parts
 

@@ -159,7 +159,7 @@ def page(view: RunView) -> str:
     """Return ``view`` as one complete HTML document."""
     sections = _nothing_yet(view) if view.is_empty else _sections(view)
     header = tag("header", tag("h1", view.title), tag("p", view.subtitle, class_="quiet"))
-    return document(view.title, _STYLE, [header, *sections])
+    return document(view.title, STYLE, [header, *sections])
 
 
 def _nothing_yet(view: RunView) -> list[Markup]:
@@ -169,7 +169,7 @@ def _nothing_yet(view: RunView) -> list[Markup]:
 
 def _sections(view: RunView) -> list[Markup]:
     return [
-        tag("ul", *map(_health, view.health), class_="health"),
+        tag("ul", *map(health, view.health), class_="health"),
         tag("p", view.verdict.value, class_=f"verdict {view.verdict.tone}"),
         tag("dl", *map(number, view.numbers), class_="numbers"),
         section("Result", _results(view), folded("Every repeat", table(view.repeats))),
@@ -184,8 +184,8 @@ def _sections(view: RunView) -> list[Markup]:
     ]
 
 
-def _health(figure: Figure) -> Markup:
-    """A light and words: the colour never speaks alone."""
+def health(figure: Figure) -> Markup:
+    """Return ``figure`` as one entry of a ``ul`` of class "health": a light and words, as the colour never speaks alone."""
     signs = {"good": "✓", "warn": "!", "bad": "✕"}
     sign = tag("span", signs.get(figure.tone, "·"), class_=f"sign {figure.tone}", aria_hidden="true")
     return tag("li", sign, tag("span", figure.name, class_="quiet"), " ", tag("b", figure.value))
@@ -307,4 +307,4 @@ _CHART_STYLE = """\
 .stage-embargoed { --c: var(--embargoed); } .stage-resetting { --c: var(--resetting); }
 """
 
-_STYLE = _COLOURS + BASE_STYLE + _CHART_STYLE + NARROW_AND_PRINT_STYLE
+STYLE = _COLOURS + BASE_STYLE + _CHART_STYLE + NARROW_AND_PRINT_STYLE

@@ -1,4 +1,4 @@
-"""TensorBoard files: the measured scalars of each arm and repeat over one step axis, the optimizer steps.
+"""TensorBoard files: what a job measured, over one step axis: the optimizer steps of a grow job, the environment's of PPO.
 
 Source: ``torch.utils.tensorboard``. Importing this module is slow; only recipes do.
 """
@@ -16,17 +16,20 @@ from torch.utils.tensorboard.writer import SummaryWriter
 from morphogen.telemetry.events import Json
 
 _SCALARS = ("train_loss", "metric", "parameters", "learning_rate")
+_NO_SCALARS = ("event", "step", "seconds")
 _FLUSH_SECONDS = 10
 
-_Lane: TypeAlias = tuple[str, int]
+_Lane: TypeAlias = str
+_PPO_LANES: dict[Json, _Lane] = {"Updated": "training", "Evaluated": "evaluation"}
 
 
 @final
 class TensorBoardSink:
-    """Writes the scalars of ``TickMeasured`` records; other kinds pass by.
+    """Writes the scalars of ``TickMeasured``, ``Updated`` and ``Evaluated`` records; other kinds pass by.
 
-    Each (arm, repeat) is a TensorBoard run of its own, ``<directory>/<arm>/repeat-<n>``, made when its first record
-    comes. Tags are ``train_loss``, ``metric``, ``parameters``, ``learning_rate`` and ``alpha/<slot>``. Steps that are
+    In a grow job each (arm, repeat) is a TensorBoard run of its own, ``<directory>/<arm>/repeat-<n>``, with the tags
+    ``train_loss``, ``metric``, ``parameters``, ``learning_rate`` and ``alpha/<slot>``. In a PPO job ``training`` and
+    ``evaluation`` are, with the fields of their records as tags. A run is made when its first record comes. Steps that are
     trained again, after a rollback or in a resumed run, replace the earlier values.
     """
 
@@ -43,16 +46,11 @@ class TensorBoardSink:
             ValueError: A measured record does not say its arm, repeat and train_step.
             OSError: The files cannot be written.
         """
-        if record.get("event") == "TickMeasured":
-            arm, repeat, step = record.get("arm"), record.get("repeat"), record.get("train_step")
-            if not (isinstance(arm, str) and isinstance(repeat, int) and isinstance(step, int)):
-                raise ValueError(
-                    f"`TickMeasured` must carry arm, repeat and train_step, got {arm!r}, {repeat!r} and {step!r}. "
-                    "Emit it through `EventBus.scoped` with these."
-                )
-            writer = self._writer((arm, repeat), step)
+        place = _place_of(record)
+        if place is not None:
+            writer = self._writer(*place)
             for tag, value in _scalars(record):
-                writer.add_scalar(tag, value, step)
+                writer.add_scalar(tag, value, place[1])
 
     def close(self) -> None:
         """Flush and close every file."""
@@ -62,7 +60,7 @@ class TensorBoardSink:
     def _writer(self, lane: _Lane, step: int) -> SummaryWriter:
         """The writer of ``lane``; where the run went back, what it wrote from ``step`` on is purged."""
         if lane not in self._writers:
-            folder = self._directory / lane[0] / f"repeat-{lane[1]}"
+            folder = self._directory / lane
             purge_step = step if any(folder.glob("*.tfevents.*")) else None
             self._writers[lane] = SummaryWriter(folder, purge_step=purge_step, flush_secs=_FLUSH_SECONDS)
         elif step <= self._last_steps[lane]:
@@ -77,12 +75,31 @@ def _purge(writer: SummaryWriter, step: int) -> None:
         file.add_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
 
 
+def _place_of(record: Mapping[str, Json]) -> tuple[_Lane, int] | None:
+    """Return the run and the step that ``record`` belongs to, or None if it is not one of scalars."""
+    kind, step = record.get("event"), record.get("step")
+    if kind in _PPO_LANES and isinstance(step, int):
+        return _PPO_LANES[kind], step
+    if kind != "TickMeasured":
+        return None
+    arm, repeat, step = record.get("arm"), record.get("repeat"), record.get("train_step")
+    if not (isinstance(arm, str) and isinstance(repeat, int) and isinstance(step, int)):
+        raise ValueError(
+            f"`TickMeasured` must carry arm, repeat and train_step, got {arm!r}, {repeat!r} and {step!r}. "
+            "Emit it through `EventBus.scoped` with these."
+        )
+    return f"{arm}/repeat-{repeat}", step
+
+
 def _scalars(record: Mapping[str, Json]) -> Iterator[tuple[str, float]]:
     """The measured values of ``record`` by tag; what was not measured is left out."""
-    alphas = record.get("alphas")
-    tagged = {name: record.get(name) for name in _SCALARS}
-    if isinstance(alphas, dict):
-        tagged.update({f"alpha/{slot}": alpha for slot, alpha in alphas.items()})
+    if record.get("event") == "TickMeasured":
+        alphas = record.get("alphas")
+        tagged = {name: record.get(name) for name in _SCALARS}
+        if isinstance(alphas, dict):
+            tagged.update({f"alpha/{slot}": alpha for slot, alpha in alphas.items()})
+    else:
+        tagged = {name: value for name, value in record.items() if name not in _NO_SCALARS}
     for tag, value in tagged.items():
         if value is not None:
             yield tag, float(value) if isinstance(value, int | float | str) else float("nan")

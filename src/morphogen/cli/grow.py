@@ -1,45 +1,19 @@
-"""What each command does: turn flags into a config, call a recipe, print its result."""
+"""`morphogen grow`: flags into a config, the recipe, its result in print."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from morphogen import tasks
-from morphogen.cli.commands import Grow, Report, Resume, Tasks
-from morphogen.errors import MorphogenError
+from morphogen.cli.commands import Grow, Resume
+from morphogen.cli.printing import result_console, say_how_to_resume, say_where
 from morphogen.recipes.config import GrowConfig
 from morphogen.recipes.grow import GrowResult, grow as run_grow, num_finished_arms, resume as run_resume
 from morphogen.recipes.results import Interval, Row
 from morphogen.recipes.run_directory import RunDirectory, read_config
 from morphogen.telemetry.console import ConsoleSink
 from morphogen.telemetry.metrics import interval_text, metric_text
-from morphogen.telemetry.report import write_report
-
-_DONE, _LOST_OUTPUT, _INTERRUPTED = 0, 1, 130
-
-
-def show_tasks(command: Tasks) -> int:
-    """Print every task and whether its data is here; nothing is loaded or generated."""
-    sheet = Table(title="tasks", title_justify="left", box=None, pad_edge=False)
-    for column in ("task", "metric", "steps", "slots", "data"):
-        sheet.add_column(column, justify="right" if column == "steps" else "left", overflow="fold")
-    known = {name: tasks.get(name) for name in tasks.names()}
-    for name, task in known.items():
-        here = "comes with morphogen" if task.source is None else str(task.source.locate() or "not here")
-        sheet.add_row(name, task.metric_name, f"{task.total_steps:,}", str(len(task.points)), here)
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(sheet)
-    for name, task in known.items():
-        console.print(f"{name}: {task.summary}", highlight=False, soft_wrap=True)
-    for source in dict.fromkeys(task.source for task in known.values() if task.source):
-        if source.locate() is None:
-            console.print(f"To get {source.name}: {source.how_to_get}", highlight=False, soft_wrap=True)
-    return _DONE
 
 
 def grow(command: Grow) -> int:
@@ -53,7 +27,7 @@ def grow(command: Grow) -> int:
         "device": command.device,
         "inject": command.inject or None,
     }
-    base = read_config(command.config) if command.config else GrowConfig()
+    base = read_config(command.config, GrowConfig) if command.config else GrowConfig()
     config = base.replace(**{name: value for name, value in given.items() if value is not None})
     torch.set_num_threads(1)  # the networks are small: more threads only wait for each other
     sink = ConsoleSink(config.repeats * len(config.arms), metric=tasks.get(config.task).metric_name)
@@ -63,7 +37,7 @@ def grow(command: Grow) -> int:
 def resume(command: Resume) -> int:
     """Go on with a job."""
     torch.set_num_threads(1)
-    _, config = RunDirectory.open(command.run)
+    _, config = RunDirectory.open(command.run, GrowConfig)
     sink = ConsoleSink(
         config.repeats * len(config.arms),
         arms_done=num_finished_arms(command.run),
@@ -72,29 +46,14 @@ def resume(command: Resume) -> int:
     return _conclude(run_resume(command.run, sinks=(sink,)))
 
 
-def report(command: Report) -> int:
-    """Write the report again."""
-    if not RunDirectory(command.run).events.exists():
-        raise MorphogenError(f"{command.run}: holds no events.jsonl, so there is nothing to report. Check the path.")
-    print(write_report(command.run))
-    return _DONE
-
-
 def _conclude(result: GrowResult) -> int:
     """Print the table and where everything is; or how to go on."""
-    console = Console(width=None if sys.stdout.isatty() else 120)
     if not result.finished:
-        console.print(f"Interrupted. Go on with: morphogen resume {result.directory}", highlight=False, soft_wrap=True)
-        return _INTERRUPTED
+        return say_how_to_resume(result.directory)
+    console = result_console()
     console.print(_sheet(result.rows, result.metric_name))
     console.print(result.verdict, highlight=False, soft_wrap=True)
-    files = [f"{name}" for name in ("report.html", "summary.json", "grown.pt2", "grown.safetensors")]
-    present = [name for name in files if (Path(result.directory) / name).exists()]
-    console.print(f"In {result.directory}: {', '.join(present)}", highlight=False, soft_wrap=True)
-    if result.lost_sinks:
-        print(f"morphogen: output was lost: {', '.join(result.lost_sinks)} failed on the way.", file=sys.stderr)
-        return _LOST_OUTPUT
-    return _DONE
+    return say_where(result.directory, ("report.html", "summary.json", "grown.pt2", "grown.safetensors"), result.lost_sinks)
 
 
 def _sheet(rows: tuple[Row, ...], metric: str) -> Table:
