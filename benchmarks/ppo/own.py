@@ -78,8 +78,8 @@ class Agent:
 
 
 def vector(make_env: MakeEnv, num_envs: int) -> SyncVectorEnv:
-    """Return so many environments, one after the other in this process."""
-    return SyncVectorEnv([make_env] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
+    """Return so many environments, one after the other in this process, as PPO makes them from an id."""
+    return SyncVectorEnv([make_env] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP, copy=False)
 
 
 def scheduled(value: float, to_zero: bool) -> float | Linear:

@@ -66,3 +66,12 @@ def test_the_fast_tanh_is_tanh(scale: float) -> None:
     torch.testing.assert_close(network(x_CBD), expected, atol=2e-7, rtol=0)
     found, wanted = (torch.autograd.grad(y.sum(), network.layers[0].weight)[0] for y in (network(x_CBD), expected))
     torch.testing.assert_close(found, wanted, atol=1e-4 * scale, rtol=1e-4)
+
+
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+def test_a_tower_alone_is_the_same_tower(activation: str) -> None:
+    network, x_BD = MLP(3, 4, (8, 8), activation, CHANCE), torch.randn(5, 4)
+    images, pixels_BD = CNN(2, (1, 8, 8), (2,), (4,), activation, generator=CHANCE), 255 * torch.rand(5, 64)
+    for index in range(3):
+        torch.testing.assert_close(network.tower(index, x_BD), network(x_BD.expand(3, -1, -1))[index])
+    torch.testing.assert_close(images.tower(1, pixels_BD), images(pixels_BD.expand(2, -1, -1))[1])

@@ -13,6 +13,7 @@ import torch
 from morphogen.errors import UpdateDiverged
 from morphogen.rl import losses
 from morphogen.rl.actions import Evaluation
+from morphogen.rl.advantages import normalize_advantages
 from morphogen.rl.experience import digest
 from morphogen.rl.minibatches import RowBatches, Rows, batches_of
 from morphogen.rl.update import Hyperparameters
@@ -181,9 +182,9 @@ def test_the_divergence_estimate_is_never_negative_and_unbiased() -> None:
 @pytest.mark.parametrize("rows", [0, 1, 2, 7])
 def test_advantages_are_normalised_whatever_their_number(rows: int) -> None:
     advantage = torch.linspace(-3, 5, rows)
-    normal = losses.normalize_advantages(advantage)
+    normal = normalize_advantages(advantage)
     assert torch.isfinite(normal).all()
     if rows > 1:
         assert float(normal.mean()) == pytest.approx(0, abs=1e-6)
         assert float(normal.std()) == pytest.approx(1, abs=1e-5)
-    assert torch.isfinite(losses.normalize_advantages(torch.full((rows,), 2.5))).all()
+    assert torch.isfinite(normalize_advantages(torch.full((rows,), 2.5))).all()

@@ -1,14 +1,17 @@
 """Generalised advantage estimation (Schulman et al. 2016, equation 16); the end of an episode is told from the end of the data.
 
-Shapes: T steps, N environments.
+Shapes: T steps, N environments, B rows.
 """
 
 from __future__ import annotations
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 Array = NDArray[np.float64]
+MIN_DEVIATION = 1e-8
 
 
 def estimate_advantages(
@@ -54,3 +57,16 @@ def explained_variance(predicted: NDArray[np.floating], returns: NDArray[np.floa
     """Return ``1 - Var(returns - predicted) / Var(returns)``: 1 is perfect, 0 is a constant's; NaN for constant returns."""
     variance = float(np.var(returns))
     return 1.0 - float(np.var(returns - predicted)) / variance if variance > 0 else float("nan")
+
+
+def normalize_advantages(advantage_B: Tensor) -> Tensor:
+    """Return the advantages with mean 0 and deviation 1; as they are where there are fewer than two, or all are equal.
+
+    Example:
+        >>> normalize_advantages(torch.tensor([1.0, 3.0]))
+        tensor([-0.7071,  0.7071])
+    """
+    if len(advantage_B) < 2:
+        return advantage_B
+    deviation, mean = torch.std_mean(advantage_B)
+    return (advantage_B - mean) / (deviation + MIN_DEVIATION)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import torch
 from gymnasium.vector import VectorEnv
+from torch import nn
 
 from morphogen.rl import actions, critics
 from morphogen.rl.config import PPOConfig
@@ -84,8 +85,8 @@ def assemble(env: VectorEnv[Any, Any, Any], config: PPOConfig) -> Assembly:
         num_critic_outputs=critic.num_outputs,
         generator=streams.torch("policy"),
     )
-    with torch.no_grad():
-        policy.critic.bias.copy_(critic.initial_bias().expand_as(policy.critic.bias))
+    for head in policy.critics:
+        cast("nn.Linear", head).bias.data.copy_(critic.initial_bias())
     policy.to(device)
     scales = config.gradient_variance
     return Assembly(

@@ -17,7 +17,6 @@ from morphogen.rl.minibatches import Rows
 
 MAX_LOG_RATIO = 20.0
 """Log-ratios are clamped here before ``exp``: e**20 is far outside any clip range, and finite."""
-MIN_DEVIATION = 1e-8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,14 +52,15 @@ def policy_loss(
     relevant_BH = evaluation.relevant_BH if per_head else None
     log_prob_BH = evaluation.log_prob_BH if one_head or per_head else evaluation.log_prob_BH.sum(1, keepdim=True)
     old_BH = rows.log_prob_BH if one_head or per_head else rows.log_prob_BH.sum(1, keepdim=True)
+    advantage_B1 = advantage_B[:, None]
     with torch.no_grad():
         log_ratio_BH = (log_prob_BH - old_BH).clamp_(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         excess_BH = log_ratio_BH.expm1()  # r - 1
         near_BH = excess_BH.clamp(-clip_range, clip_range)
         # r * advantage = (r - 1) * advantage + advantage, and the last term is on both sides of the minimum.
-        gain_BH, limited_BH = excess_BH * advantage_B[:, None], near_BH * advantage_B[:, None]
-        surrogate_BH = torch.minimum(gain_BH, limited_BH).add_(advantage_B[:, None])
-        slope_BH = (gain_BH + advantage_B[:, None]).mul_(gain_BH <= limited_BH)
+        gain_BH, limited_BH = excess_BH * advantage_B1, near_BH * advantage_B1
+        surrogate_BH = torch.minimum(gain_BH, limited_BH).add_(advantage_B1)
+        slope_BH = gain_BH.add(advantage_B1).mul_(gain_BH <= limited_BH)
         if relevant_BH is not None:
             surrogate_BH, slope_BH = surrogate_BH * relevant_BH, slope_BH * relevant_BH
         log_ratio_B, excess_B = log_ratio_BH, excess_BH
@@ -68,10 +68,10 @@ def policy_loss(
             log_ratio_B = log_ratio_BH.sum(1).clamp_(-MAX_LOG_RATIO, MAX_LOG_RATIO)
             excess_B = log_ratio_B.expm1()
         kl = (excess_B - log_ratio_B).mean()
-        clip_fraction = (excess_BH != near_BH).float().mean()
+        clip_fraction = torch.mean(excess_BH != near_BH, dtype=torch.float32)
+        value = surrogate_BH.mean() * -float(log_prob_BH.shape[1])
     # The surrogate's gradient in closed form: autograd through its parts would take four times as long.
-    minus_rows = -float(len(log_prob_BH))
-    return PolicyLoss((log_prob_BH * slope_BH).sum() / minus_rows, surrogate_BH.sum() / minus_rows, kl, clip_fraction)
+    return PolicyLoss((log_prob_BH * slope_BH).sum() * (-1.0 / len(slope_BH)), value, kl, clip_fraction)
 
 
 def value_loss(critic: Critic, critic_QBK: Tensor, rows: Rows, target_BZ: Tensor, clip_range: float | None) -> Tensor:
@@ -82,16 +82,3 @@ def value_loss(critic: Critic, critic_QBK: Tensor, rows: Rows, target_BZ: Tensor
         for index, critic_BK in enumerate(critic_QBK)
     ]
     return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
-
-
-def normalize_advantages(advantage_B: Tensor) -> Tensor:
-    """Return the advantages with mean 0 and deviation 1; as they are where there are fewer than two, or all are equal.
-
-    Example:
-        >>> normalize_advantages(torch.tensor([1.0, 3.0]))
-        tensor([-0.7071,  0.7071])
-    """
-    if len(advantage_B) < 2:
-        return advantage_B
-    deviation, mean = torch.std_mean(advantage_B)
-    return (advantage_B - mean) / (deviation + MIN_DEVIATION)

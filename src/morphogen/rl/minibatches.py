@@ -7,6 +7,7 @@ K outputs of a critic, Z target samples, T steps, N environments, S parts of the
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from morphogen.rl.advantages import normalize_advantages
 from morphogen.rl.rollout import Rollout
 
 
@@ -66,6 +68,11 @@ class Minibatch:
     places_B: Tensor | None
     rows: Rows
 
+    @functools.cached_property
+    def normalized_advantage_B(self) -> Tensor:
+        """Advantages with mean 0 and deviation 1 over this minibatch."""
+        return normalize_advantages(self.rows.advantage_B)
+
 
 class Batches(Protocol):
     """A rollout that can be gone through any number of times."""
@@ -88,26 +95,32 @@ def batches_of(rollout: Rollout, rows: Rows, sequence_steps: int | None) -> Batc
     return RowBatches(observation_BD if rollout.valid_TN.all() else observation_BD[valid], rows)
 
 
-@dataclasses.dataclass(frozen=True)
 class RowBatches:
-    """Rows that do not depend on each other."""
+    """Rows that do not depend on each other.
 
-    observation_BD: Tensor
-    rows: Rows
+    Args:
+        observation_BD: What the policy saw.
+        rows: The rows.
+    """
+
+    def __init__(self, observation_BD: Tensor, rows: Rows) -> None:
+        """Keep both, without a copy."""
+        self._observation_BD, self._rows = observation_BD, rows
+        self._whole = Minibatch(observation_BD, None, None, rows)
 
     def epoch(self, minibatch_size: int, generator: torch.Generator) -> Iterator[Minibatch]:
         """Yield minibatches of equal size, as near to ``minibatch_size`` as can be."""
-        parts = max(1, round(len(self.rows) / minibatch_size))
+        parts = max(1, round(len(self._rows) / minibatch_size))
         if parts == 1:
             yield self.whole()  # a mean has no order
             return
-        order = torch.randperm(len(self.rows), generator=generator).to(self.observation_BD.device)
+        order = torch.randperm(len(self._rows), generator=generator).to(self._observation_BD.device)
         for chosen_B in order.tensor_split(parts):
-            yield Minibatch(self.observation_BD[chosen_B], None, None, self.rows.take(chosen_B))
+            yield Minibatch(self._observation_BD[chosen_B], None, None, self._rows.take(chosen_B))
 
     def whole(self) -> Minibatch:
         """Return all rows."""
-        return Minibatch(self.observation_BD, None, None, self.rows)
+        return self._whole
 
 
 class SequenceBatches:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from morphogen.config import Config
 from morphogen.rl.actions import ActionDistribution
 from morphogen.rl.memory import Memory, MemoryKind
-from morphogen.rl.networks import CNN, MLP, Activation, StackedLinear
+from morphogen.rl.networks import CNN, MLP, Activation, linear
 
 
 class PolicyConfig(Config):
@@ -86,7 +86,6 @@ class ActorCritic(nn.Module):
         super().__init__()
         _check(config, image_shape)
         self.distribution = distribution
-        self.num_critics = num_critics
         self.num_towers = towers = 1 if config.shared else 1 + num_critics
         convolves = config.torso == "cnn" or (config.torso == "auto" and image_shape is not None)
         if convolves and image_shape is not None:
@@ -101,10 +100,12 @@ class ActorCritic(nn.Module):
                 config.memory, towers, width, config.memory_width, layer_norm=config.memory_layer_norm, generator=generator
             )
             width = config.memory_width
-        self.body = MLP(towers, width, config.head_hidden, config.activation, generator)
-        width = self.body.out_features
-        self.actor = StackedLinear(1, width, distribution.num_outputs, config.action_gain, generator)
-        self.critic = StackedLinear(num_critics, width, num_critic_outputs, 1.0, generator)
+        self.body = None
+        if config.head_hidden:
+            self.body = MLP(towers, width, config.head_hidden, config.activation, generator)
+            width = config.head_hidden[-1]
+        self.actor = linear(width, distribution.num_outputs, config.action_gain, generator)
+        self.critics = nn.ModuleList(linear(width, num_critic_outputs, 1.0, generator) for _ in range(num_critics))
 
     @property
     def width(self) -> int:
@@ -114,6 +115,14 @@ class ActorCritic(nn.Module):
     def initial_state(self, rows: int) -> Tensor | None:
         """Return the memory's state before an episode, zeros [S, C, rows, H]; None without memory."""
         return None if self.memory is None else self.memory.initial_state(rows, next(self.parameters()).device)
+
+    def act(self, observation_BD: Tensor) -> Tensor:
+        """Return the actor's outputs alone, [B, A]; for policies without memory.
+
+        Equal to those of :meth:`forward` up to rounding, at less than half its cost for a few rows.
+        """
+        features_BF = self.torso.tower(0, observation_BD)
+        return self.actor(features_BF if self.body is None else self.body.tower(0, features_BF))
 
     def forward(self, observation: Tensor, state_SCBH: Tensor | None = None) -> tuple[NetworkOutputs, Tensor | None]:
         """Return outputs and the memory's state afterwards.
@@ -127,10 +136,13 @@ class ActorCritic(nn.Module):
         if self.memory is not None:
             features, state_SCBH = self.memory(features_CBF.unflatten(1, rows), state_SCBH)
             features_CBF = features.flatten(1, 2)
-        features_CBF = self.body(features_CBF)
-        shared = self.num_towers == 1
-        critic_QBF = features_CBF.expand(self.num_critics, -1, -1) if shared else features_CBF[1:]
-        actor_BA, critic_QBK = self.actor(features_CBF[:1])[0], self.critic(critic_QBF)
+        if self.body is not None:
+            features_CBF = self.body(features_CBF)
+        towers = features_CBF.unbind(0)  # slices would each fill a whole gradient with zeros on the way back
+        actor_BA = self.actor(towers[0])
+        behind = towers[:1] * len(self.critics) if len(towers) == 1 else towers[1:]
+        outputs = [critic(features_BF) for critic, features_BF in zip(self.critics, behind, strict=True)]
+        critic_QBK = outputs[0].unsqueeze(0) if len(outputs) == 1 else torch.stack(outputs)
         if self.memory is not None:
             return NetworkOutputs(actor_BA.unflatten(0, rows), critic_QBK.unflatten(1, rows)), state_SCBH
         return NetworkOutputs(actor_BA, critic_QBK), None

@@ -63,7 +63,7 @@ class Predictor:
         if stream is None:
             return distribution.to_env(distribution.mode(actor_NA, mask)), state
         noise = distribution.noise((len(observation_ND),), stream).to(device)
-        return distribution.to_env(distribution.sample(actor_NA, noise, mask)[0]), state
+        return distribution.to_env(distribution.draw(actor_NA, noise, mask)), state
 
 
 def predict(

@@ -20,6 +20,7 @@ from morphogen.rl.assembly import Assembly
 from morphogen.rl.vector import Step
 
 EPISODES_AVERAGED = 100
+_ROWS_AT_ONCE = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +115,7 @@ class Collector:
         now = self._started()
         noise = self._distribution.noise((steps, self._stepper.num_envs), self._generator).to(self._device)
         rows, given, states, cut = list[tuple[Tensor, ...]](), list[Step](), list[Tensor](), list[_Truncation]()
+        critics = list[Tensor]()
         starts, masks = list[NDArray[np.bool_]](), list[NDArray[np.bool_]]()
         for index in range(steps):
             observation, mask = self._seen(now.observation_ND), None
@@ -121,24 +123,23 @@ class Collector:
                 masks.append(now.mask_NM)
                 mask = torch.from_numpy(now.mask_NM).to(self._device)
             starts.append(now.start_N)
-            outputs = self._act(observation, now.start_N, states)
-            actions, log_prob = self._distribution.sample(outputs.actor, noise[index], mask)
-            rows.append((observation, actions, log_prob, outputs.actor, outputs.critic))
+            actor_NA = self._act(observation, now.start_N, states, critics)
+            actions = self._distribution.draw(actor_NA, noise[index], mask)
+            rows.append((observation, actions, actor_NA))
             now = self._stepper.step(self._distribution.to_env(actions))
             given.append(self._received(now, gamma))
             cut += self._truncated(index, now)
         self._now = now
-        observation_TND, action_TN, log_prob_TNH, actor_TNA, critic_TQNK = (
-            torch.stack(column) for column in zip(*rows, strict=True)
-        )
-        critic_QTNK = critic_TQNK.transpose(0, 1)
+        observation_TND, action_TN, actor_TNA = (torch.stack(column) for column in zip(*rows, strict=True))
+        critic_QTNK = torch.stack(critics, dim=1) if critics else self._all_critics(observation_TND)
+        mask_TNM = torch.from_numpy(np.stack(masks)).to(self._device) if masks else None
         ended_TN = np.stack([step.terminated_N | step.truncated_N for step in given])
         valid_TN = np.stack([step.valid_N for step in given])
         return Rollout(
             observation_TND=observation_TND,
-            mask_TNM=torch.from_numpy(np.stack(masks)).to(self._device) if masks else None,
+            mask_TNM=mask_TNM,
             action_TN=action_TN,
-            log_prob_TNH=log_prob_TNH,
+            log_prob_TNH=self._log_prob(actor_TNA, action_TN, mask_TNM),
             actor_TNA=actor_TNA,
             critic_QTNK=critic_QTNK,
             next_critic_QTNK=self._next_critic(critic_QTNK, now, cut),
@@ -193,14 +194,19 @@ class Collector:
             observation_ND = self._observations.normalize(observation_ND)
         return torch.from_numpy(observation_ND).to(self._device)
 
-    def _act(self, observation_ND: Tensor, start_N: NDArray[np.bool_], states: list[Tensor]) -> Any:
+    def _act(self, observation_ND: Tensor, start_N: NDArray[np.bool_], states: list[Tensor], critics: list[Tensor]) -> Tensor:
+        """Return the actor's outputs; with memory, note its state before and the critics' outputs as well.
+
+        Without memory, critics wait until the rollout is over: one large batch costs less than many small ones.
+        """
         if self._state_SCNW is None:
-            return self._policy(observation_ND)[0]
+            return self._policy.act(observation_ND)
         if start_N.any():
             self._state_SCNW = self._state_SCNW.masked_fill(torch.from_numpy(start_N).to(self._device)[:, None], 0.0)
         states.append(self._state_SCNW)
         outputs, self._state_SCNW = self._policy(observation_ND[None], self._state_SCNW)
-        return type(outputs)(outputs.actor[0], outputs.critic[:, 0])
+        critics.append(outputs.critic[:, 0])
+        return outputs.actor[0]
 
     def _received(self, step: Step, gamma: float) -> Step:
         """Update the normalisers and the episode statistics; return the step with its rewards normalised."""
@@ -228,6 +234,12 @@ class Collector:
         final_ND = step.final_ND[envs]
         return final_ND if self._observations is None else self._observations.normalize(final_ND)
 
+    def _log_prob(self, actor_TNA: Tensor, action_TN: Tensor, mask_TNM: Tensor | None) -> Tensor:
+        """Return the log-probabilities of all actions at once: by the same operations as the update will, so the ratio is 1."""
+        mask_BM = None if mask_TNM is None else mask_TNM.flatten(0, 1)
+        evaluation = self._distribution.evaluate(actor_TNA.flatten(0, 1), action_TN.flatten(0, 1), mask_BM)
+        return evaluation.log_prob_BH.unflatten(0, actor_TNA.shape[:2])
+
     # -- what comes after -------------------------------------------------------------------------------------------
 
     def _next_critic(self, critic_QTNK: Tensor, last: Step, cut: list[_Truncation]) -> Tensor:
@@ -240,6 +252,11 @@ class Collector:
             steps = np.concatenate([np.full(len(item.envs), item.step) for item in cut])
             next_QTNK[:, steps, np.concatenate([item.envs for item in cut])] = final_QBK
         return next_QTNK
+
+    def _all_critics(self, observation_TND: Tensor) -> Tensor:
+        batches = observation_TND.flatten(0, 1).split(_ROWS_AT_ONCE)
+        critic_QBK = torch.cat([self._critic(observation_BD, None) for observation_BD in batches], dim=1)
+        return critic_QBK.unflatten(1, observation_TND.shape[:2])
 
     def _critic(self, observation_BD: Tensor, state_SCBW: Tensor | None) -> Tensor:
         """Return the critics' outputs [Q, B, K] for single steps, with the memory as it was carried there."""

@@ -89,6 +89,7 @@ class Updater:
         self._device = self._parameters[0].device
         self._autocast_dtype = autocast_dtype(config, policy.width, self._device)
         self._network: Any = torch.compile(policy) if config.compile else policy
+        self._zero, self._one = (torch.full((), value, device=self._device) for value in (0.0, 1.0))
         self._spread: Tensor | None = None
         self.skipped_in_a_row = 0
 
@@ -137,7 +138,7 @@ class Updater:
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         norm = _norm(gradients)
         skipped = torch.isnan((norm + loss.detach()) * 0.0)  # 0 times what is not finite is NaN
-        factor = torch.ones_like(norm)
+        factor = self._one
         if self._gradient_variance is not None:
             self._gradient_variance.update(gradients, ~skipped)
             factor = self._gradient_variance.scale_(gradients)
@@ -158,7 +159,7 @@ class Updater:
         config, rows = now.config, batch.rows
         outputs = self._outputs(batch, batch.observation)
         evaluation = self._policy.distribution.evaluate(outputs.actor, rows.action_B, rows.mask_BM)
-        advantage_B = losses.normalize_advantages(rows.advantage_B) if config.normalize_advantages else rows.advantage_B
+        advantage_B = batch.normalized_advantage_B if config.normalize_advantages else rows.advantage_B
         surrogate = losses.policy_loss(evaluation, rows, advantage_B, now.clip_range, config.ratio)
         value = losses.value_loss(
             self._critic, outputs.critic, rows, self._targets(rows.target_BZ, config), config.value_clip_range
@@ -169,7 +170,7 @@ class Updater:
         if self._kl_penalty is not None and rows.actor_BA is not None:
             kl_B = self._policy.distribution.kl(rows.actor_BA, outputs.actor, rows.mask_BM, self._spread)
             loss = loss + self._kl_penalty.coefficient * kl_B.mean()
-        robust_kl = torch.zeros_like(surrogate.kl)
+        robust_kl = self._zero
         if config.adversarial is not None:
             robust_kl = self._robust_kl(batch, outputs, config.adversarial, now.adversarial_epsilon)
             loss = loss + now.adversarial_coefficient * robust_kl

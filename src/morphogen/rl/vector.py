@@ -105,8 +105,8 @@ def make_vector(env_id: str, num_envs: int, **kwargs: Any) -> AnyVectorEnv:
     """
     if num_envs < 1:
         raise ValueError(f"`num_envs` must be >= 1, got {num_envs}. Ask for at least one environment.")
-    mode = {"autoreset_mode": AutoresetMode.SAME_STEP}
-    return gym.make_vec(env_id, num_envs=num_envs, vectorization_mode="sync", vector_kwargs=mode, **kwargs)
+    options = {"autoreset_mode": AutoresetMode.SAME_STEP, "copy": False}  # the stepper copies what it keeps
+    return gym.make_vec(env_id, num_envs=num_envs, vectorization_mode="sync", vector_kwargs=options, **kwargs)
 
 
 @final

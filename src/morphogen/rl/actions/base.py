@@ -70,12 +70,16 @@ class ActionDistribution(nn.Module, abc.ABC):
         """
 
     @abc.abstractmethod
-    def sample(self, outputs_BA: Tensor, noise: Tensor, mask_BM: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return ``(actions, log_prob_BH)``: a deterministic function of ``outputs_BA`` and ``noise`` (``[B, width]``).
+    def draw(self, outputs_BA: Tensor, noise: Tensor, mask_BM: Tensor | None = None) -> Tensor:
+        """Return actions, a deterministic function of ``outputs_BA`` and ``noise`` (``[B, width]``).
 
-        The log-probabilities are bit-equal to those of :meth:`evaluate` for the same rows. Call it under
-        ``torch.no_grad()``: nothing here is meant to be differentiated through the choice.
+        Call it under ``torch.no_grad()``: nothing here is meant to be differentiated through the choice.
         """
+
+    def sample(self, outputs_BA: Tensor, noise: Tensor, mask_BM: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return ``(actions, log_prob_BH)``: what :meth:`draw` gives, and its log-probabilities by :meth:`evaluate`."""
+        actions = self.draw(outputs_BA, noise, mask_BM)
+        return actions, self.evaluate(outputs_BA, actions, mask_BM).log_prob_BH
 
     @abc.abstractmethod
     def mode(self, outputs_BA: Tensor, mask_BM: Tensor | None = None) -> Tensor:

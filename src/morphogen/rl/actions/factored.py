@@ -143,12 +143,9 @@ class FactoredDistribution(ActionDistribution):
         uniform = torch.empty(*shape, self.num_heads, device=generator.device).uniform_(generator=generator)
         return torch.cat((gumbel, uniform), -1)
 
-    def sample(self, outputs_BA: Tensor, noise: Tensor, mask_BM: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def draw(self, outputs_BA: Tensor, noise: Tensor, mask_BM: Tensor | None = None) -> Tensor:
         """Draw the heads in order, each from the row that the choices before it select; see the base class."""
-        outputs_BA = full_precision(outputs_BA)
-        actions = self._choose(outputs_BA, noise, mask_BM)
-        index, logits, allowed = self._select(outputs_BA, actions, mask_BM)
-        return actions, self._taken(log_probs(logits, allowed, self.exploration), index)[0]
+        return self._choose(full_precision(outputs_BA), noise, mask_BM)
 
     def mode(self, outputs_BA: Tensor, mask_BM: Tensor | None = None) -> Tensor:
         """Return each head's most probable choice given those before it (greedy: not always the joint maximum)."""

@@ -52,12 +52,10 @@ class GaussianDistribution(ActionDistribution):
         """Return standard normal numbers, one for each dimension of the action."""
         return torch.empty(*shape, self.num_outputs, device=generator.device).normal_(generator=generator)
 
-    def sample(self, outputs_BA: Tensor, noise: Tensor, mask_BM: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return ``mean + std * noise`` and its log-probability; see the base class."""
+    def draw(self, outputs_BA: Tensor, noise: Tensor, mask_BM: Tensor | None = None) -> Tensor:
+        """Return ``mean + std * noise``; see the base class."""
         _refuse_mask(mask_BM)
-        mean_BA, log_std_A = full_precision(outputs_BA), full_precision(self.log_std_A)
-        actions_BA = mean_BA + log_std_A.exp() * noise
-        return actions_BA, self._log_prob(mean_BA, log_std_A, actions_BA)
+        return torch.addcmul(full_precision(outputs_BA), full_precision(self.log_std_A).exp(), noise)
 
     def mode(self, outputs_BA: Tensor, mask_BM: Tensor | None = None) -> Tensor:
         """Return the means."""
@@ -153,10 +151,9 @@ class SquashedGaussianDistribution(ActionDistribution):
         """Return standard normal numbers, one for each dimension of the action."""
         return self.gaussian.noise(shape, generator)
 
-    def sample(self, outputs_BA: Tensor, noise: Tensor, mask_BM: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return u and the log-probability of the squashed action; see the base class."""
-        actions_BA, log_prob_BH = self.gaussian.sample(outputs_BA, noise, mask_BM)
-        return actions_BA, log_prob_BH - self._log_slope(actions_BA)
+    def draw(self, outputs_BA: Tensor, noise: Tensor, mask_BM: Tensor | None = None) -> Tensor:
+        """Return u; see the base class."""
+        return self.gaussian.draw(outputs_BA, noise, mask_BM)
 
     def mode(self, outputs_BA: Tensor, mask_BM: Tensor | None = None) -> Tensor:
         """Return the mean of u: the median, not the mode, of the squashed action."""
