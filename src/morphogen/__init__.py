@@ -10,6 +10,7 @@ from morphogen.version import __version__ as __version__
 if TYPE_CHECKING:
     from morphogen.governor import Governor as Governor, GovernorConfig as GovernorConfig
     from morphogen.growth import GrowableModel as GrowableModel, Stage as Stage
+    from morphogen.rl import PPO as PPO, PPOConfig as PPOConfig
     from morphogen.state import Snapshot as Snapshot, TrainingState as TrainingState
 
 _HOMES = {
@@ -17,6 +18,8 @@ _HOMES = {
     "GovernorConfig": "morphogen.governor",
     "GrowableModel": "morphogen.growth",
     "Stage": "morphogen.growth",
+    "PPO": "morphogen.rl",
+    "PPOConfig": "morphogen.rl",
     "Snapshot": "morphogen.state",
     "TrainingState": "morphogen.state",
 }

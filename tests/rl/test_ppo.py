@@ -334,9 +334,24 @@ class TestBadInput:
             small = {"policy": PolicyConfig(hidden=(8,))}
             PPO(kit.worlds(action=action), PPOConfig(**{**small, **settings})).learn(1)
 
+    def test_what_is_no_vector_environment_or_config_is_refused_with_advice(self) -> None:
+        with pytest.raises(TypeError, match="SyncVectorEnv"):
+            PPO(gym.make("CartPole-v1"))
+        with pytest.raises(TypeError, match="PPOConfig"):
+            PPO("CartPole-v1", {"gamma": 0.9})
+
     def test_learning_nothing_is_an_error(self, kit: SimpleNamespace) -> None:
         with pytest.raises(ValueError, match="`total_steps`"):
             kit.agent().learn(0)
+
+    def test_inference_mode_is_refused_before_anything_happens(self, kit: SimpleNamespace) -> None:
+        agent = kit.agent(policy=LSTM)
+        with torch.inference_mode(), pytest.raises(RuntimeError, match="outside torch.inference_mode"):
+            agent.learn(24)
+        with torch.inference_mode():
+            _, state = agent.predict(np.zeros(3, np.float32))
+        assert agent.learn(24).num_steps == 24
+        assert not agent.memory_state.is_inference()
 
     def test_a_mask_of_the_wrong_shape_names_head_and_shapes(self, kit: SimpleNamespace) -> None:
         with pytest.raises(ValueError, match="mask"):

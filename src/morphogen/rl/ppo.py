@@ -79,6 +79,7 @@ class PPO:
 
     Raises:
         ValueError: The configuration does not fit the environment's spaces; the message names the setting.
+        TypeError: ``env`` is no vector environment and no id.
 
     Example:
         >>> agent = PPO("CartPole-v1", PPOConfig(num_envs=2, rollout_steps=32, epochs=1))
@@ -88,7 +89,7 @@ class PPO:
 
     def __init__(self, env: str | VectorEnv[Any, Any, Any], config: PPOConfig | None = None, *, emit: Emit = discard) -> None:
         """Build everything under the config's seed; no environment is touched yet."""
-        config = config or PPOConfig()
+        config = _checked(env, config)
         self.env_id = env if isinstance(env, str) else None
         self.env: VectorEnv[Any, Any, Any] = make_vector(env, config.num_envs) if isinstance(env, str) else env
         self.config = _with_num_envs(config, self.env.num_envs)
@@ -129,9 +130,14 @@ class PPO:
         Raises:
             EnvironmentFault: An environment failed. Policy and optimizer are as after the last update: save, repair, go on.
             UpdateDiverged: Three minibatches in a row were not finite; none of them changed anything.
+            RuntimeError: Called within ``torch.inference_mode()``.
         """
         if total_steps < 1:
             raise ValueError(f"`total_steps` must be at least 1, got {total_steps}. It counts the steps of this call.")
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "`learn` must run outside torch.inference_mode(): its tensors cannot be learned from. Leave the mode first."
+            )
         target = self.num_steps + total_steps
         self._horizon_steps = self.config.schedule_steps or target
         with _threads(self.config.num_threads):
@@ -364,6 +370,18 @@ def _threads(wanted: int | None) -> Generator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _checked(env: object, config: object) -> PPOConfig:
+    """Return the config; TypeError, which says what to pass, for what is no environment or no config."""
+    if not isinstance(env, str | VectorEnv):
+        raise TypeError(
+            f"`env` must be the id of an environment or a vector environment, got {type(env).__name__}. Wrap a single one: "
+            "SyncVectorEnv([lambda: env], autoreset_mode=AutoresetMode.SAME_STEP)."
+        )
+    if not isinstance(config, PPOConfig | None):
+        raise TypeError(f"`config` must be a PPOConfig, got {type(config).__name__}. Write PPOConfig(**settings).")
+    return config or PPOConfig()
 
 
 def _with_num_envs(config: PPOConfig, num_envs: int) -> PPOConfig:

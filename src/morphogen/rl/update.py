@@ -27,6 +27,8 @@ from morphogen.rl.precision import autocast_dtype
 from morphogen.rl.schedules import resolve
 
 MAX_SKIPPED_IN_A_ROW = 3
+MAX_OVERFLOWS_IN_A_ROW = 20
+"""In fp16 a gradient may overflow until the scaler, which halves its scale each time, has come down far enough."""
 _WATCHED = ("policy_loss", "value_loss", "entropy", "kl", "clip_fraction", "gradient_norm", "gradient_factor", "robust_kl")
 
 
@@ -213,7 +215,7 @@ class Updater:
     def _count_skipped(self, skipped: Tensor) -> None:
         for flag in skipped.tolist():
             self.skipped_in_a_row = self.skipped_in_a_row + 1 if flag else 0
-            if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW and self._scaler is None:
+            if self.skipped_in_a_row >= (MAX_SKIPPED_IN_A_ROW if self._scaler is None else MAX_OVERFLOWS_IN_A_ROW):
                 raise UpdateDiverged(
                     f"{self.skipped_in_a_row} minibatches in a row had a loss or gradient that is not finite. They "
                     "changed nothing: save the agent, then look at rewards and observations, or lower the learning rate."

@@ -1,10 +1,21 @@
-"""Conformance suites, shipped: for blueprints and hosts of your own. May import all of morphogen; nothing imports it."""
+"""Conformance suites, shipped: for blueprints, hosts, critics and the like of your own.
 
+May import all of morphogen; nothing imports it.
+"""
+
+from morphogen.testing.action_cases import ActionCase as ActionCase, action_cases as action_cases
+from morphogen.testing.actions import ACTION_CHECKS as ACTION_CHECKS, check_actions as check_actions
 from morphogen.testing.blueprints import (
     CHECKS as CHECKS,
     BlueprintCase as BlueprintCase,
     blueprint_cases as blueprint_cases,
     check_blueprint as check_blueprint,
+)
+from morphogen.testing.critics import (
+    CRITIC_CHECKS as CRITIC_CHECKS,
+    CriticCase as CriticCase,
+    check_critic as check_critic,
+    critic_cases as critic_cases,
 )
 from morphogen.testing.detectors import (
     DETECTOR_CHECKS as DETECTOR_CHECKS,

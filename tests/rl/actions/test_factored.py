@@ -301,12 +301,6 @@ def test_an_environments_action_depends_on_its_own_noise_alone(growth_heads: Any
     assert torch.equal(before[1:], after[1:])
 
 
-def test_noise_comes_from_the_given_generator_alone() -> None:
-    actions, state = make(Discrete(3)), torch.get_rng_state()
-    first, again = (actions.noise((4, 2), torch.Generator().manual_seed(5)) for _ in range(2))
-    assert torch.equal(first, again) and torch.equal(torch.get_rng_state(), state)
-
-
 def test_mode_is_greedy_in_order(enumeration: Any, growth_heads: Any) -> None:
     actions = distribution(SIZES, growth_heads)
     outputs = torch.zeros(1, actions.num_outputs)

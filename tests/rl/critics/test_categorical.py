@@ -87,13 +87,6 @@ def test_the_loss_is_a_cross_entropy_with_the_mean_mass(generator: torch.Generat
     assert targets.grad is None
 
 
-def test_rows_do_not_touch_each_other(generator: torch.Generator) -> None:
-    critic = CategoricalCritic(bins=8)
-    logits, targets = torch.randn(5, 8, generator=generator), torch.randn(5, 3, generator=generator)
-    other = torch.cat((torch.full((1, 3), 1e6), targets[1:]))
-    assert torch.equal(critic.loss(logits, other)[1:], critic.loss(logits, targets)[1:])
-
-
 @pytest.mark.parametrize("sigma", [0.0, 0.75])
 def test_the_learned_distribution_is_that_of_the_targets(fit: Callable[..., Tensor], sigma: float) -> None:
     critic = CategoricalCritic(-5.0, 5.0, 101, sigma)

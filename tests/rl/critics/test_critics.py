@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -84,55 +82,6 @@ def test_rows_that_would_be_broadcast_are_refused(critic: Critic) -> None:
             critic.loss(outputs, targets)
     with pytest.raises(ValueError, match=r"`outputs_BK` is \[B, "):
         critic.loss(torch.zeros(4, critic.num_outputs + 1), torch.zeros(4, 1))
-
-
-@every
-def test_rows_may_have_several_dimensions(critic: Critic, generator: torch.Generator) -> None:
-    outputs, targets = torch.randn(3, 4, critic.num_outputs, generator=generator), torch.randn(3, 4, 2, generator=generator)
-    losses = critic.loss(outputs, targets)
-    torch.testing.assert_close(losses.flatten(), critic.loss(outputs.flatten(0, 1), targets.flatten(0, 1)))
-    assert critic.value(outputs).shape == losses.shape == (3, 4)
-
-
-@every
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_outputs_are_computed_in_float32(critic: Critic, dtype: torch.dtype, generator: torch.Generator) -> None:
-    outputs = torch.randn(6, critic.num_outputs, generator=generator).to(dtype).requires_grad_()
-    targets = torch.randn(6, 3, generator=generator)
-    exact = critic.loss(outputs.float(), targets)
-    losses = critic.loss(outputs, targets)
-    assert losses.dtype == critic.value(outputs).dtype == critic.samples(outputs, 4).dtype == torch.float32
-    assert torch.equal(losses, exact)
-    losses.sum().backward()
-    assert outputs.grad is not None and outputs.grad.dtype == dtype and outputs.grad.isfinite().all()
-
-
-@every
-def test_the_value_has_a_gradient(critic: Critic, generator: torch.Generator) -> None:
-    outputs = torch.randn(2, critic.num_outputs, generator=generator, requires_grad=True)
-    critic.value(outputs).sum().backward()
-    assert outputs.grad is not None and outputs.grad.abs().sum() > 0
-
-
-@every
-def test_a_critic_has_nothing_to_save(critic: Critic) -> None:
-    assert not critic.state_dict() and not list(critic.parameters())
-    assert critic.initial_bias().shape == (critic.num_outputs,)
-    bias = critic.initial_bias()
-    bias.fill_(9.0)
-    assert not torch.equal(critic.initial_bias(), bias)
-    outputs = torch.zeros(1, critic.num_outputs)
-    assert torch.equal(copy.deepcopy(critic).value(outputs), critic.value(outputs))
-
-
-@every
-def test_reading_mutates_nothing(critic: Critic, generator: torch.Generator) -> None:
-    outputs, targets = torch.randn(3, critic.num_outputs, generator=generator), torch.randn(3, 2, generator=generator)
-    before = outputs.clone(), targets.clone()
-    critic.loss(outputs, targets)
-    critic.value(outputs)
-    critic.samples(outputs, 5)
-    assert torch.equal(outputs, before[0]) and torch.equal(targets, before[1])
 
 
 def test_the_config_makes_what_it_names() -> None:

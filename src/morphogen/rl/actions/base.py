@@ -50,7 +50,7 @@ class ActionDistribution(nn.Module, abc.ABC):
     Attributes:
         num_outputs: A, the width of the policy's last layer.
         num_heads: H, the number of choices that make up an action and have a log-probability of their own.
-        mask_width: M, the entries of a mask; 0 if no mask is taken.
+        mask_width: M, the entries of a mask: as many as outputs, or 0 if no mask is taken.
         action_shape: Shape of one action as stored, without the batch.
         action_dtype: Dtype of actions as stored.
     """

@@ -44,7 +44,7 @@ class ScalarCritic(Critic):
     ) -> Tensor:
         """Return the squared error [B]; see :meth:`Critic.loss`. Errors: ValueError on rows that do not match."""
         check_rows(outputs_BK, targets_BS, self.num_outputs)
-        targets_BS = targets_BS.float()
+        targets_BS = targets_BS.float().detach()
         old_BK = None if old_outputs_BK is None else old_outputs_BK.float()
         return clipped_loss(lambda values_BK: _squared_error(values_BK, targets_BS), outputs_BK.float(), old_BK, clip_range)
 
