@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from morphogen import tasks
+from morphogen.errors import TrainingCollapsed
 from morphogen.growth import Sowing, Stage
 from morphogen.recipes.arm import ArmRun
 from morphogen.recipes.config import Arm, GrowConfig
@@ -69,6 +70,7 @@ class Outcome:
         flops: Of training, failed seeds and their scoring included.
         fossils: Slot -> blueprint of what was kept.
         rollbacks: Rewinds by the governor.
+        collapsed: The governor gave up; the rest is of the network at the last state that had proved good.
     """
 
     test: float
@@ -77,6 +79,7 @@ class Outcome:
     flops: int
     fossils: tuple[tuple[str, str], ...]
     rollbacks: int
+    collapsed: bool = False
 
 
 def run(spec: Spec) -> Outcome:
@@ -94,8 +97,12 @@ def run(spec: Spec) -> Outcome:
     config = GrowConfig(task=spec.task, policy=policy, seed=spec.seed, repeats=1, total_steps=spec.total_steps)
     arm = ArmRun(config, kind, 0, _ignore, task=task)
     arm.start()
-    while not arm.done:
-        arm.run_tick()
+    collapsed = False
+    while not (arm.done or collapsed):
+        try:
+            arm.run_tick()
+        except TrainingCollapsed:
+            collapsed = True
     result = arm.finish()
     return Outcome(
         test=result.test_metric,
@@ -104,6 +111,7 @@ def run(spec: Spec) -> Outcome:
         flops=result.train_flops,
         fossils=_kept(arm),
         rollbacks=result.rollbacks,
+        collapsed=collapsed,
     )
 
 
