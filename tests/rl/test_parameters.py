@@ -119,8 +119,10 @@ def test_memory_is_reset_for_each_environment(kit: SimpleNamespace, num_envs: in
 def test_agents_with_other_numbers_of_environments_exchange(kit: SimpleNamespace) -> None:
     source = kit.agent(**EVERYTHING, num_envs=2).learn(48)
     target = kit.agent(**EVERYTHING, num_envs=5)
-    target.set_parameters(source.get_parameters(include_optimizer=True))
-    target.learn(48)
+    report = target.set_parameters(source.get_parameters(include_optimizer=True))
+    assert (report.reset, report.kept) == ((), ())
+    assert everything(target) == everything(source)
+    assert target.learn(48).num_steps == source.num_steps + 80  # two rollouts of 8 steps in 5 environments
 
 
 def _without_a_weight(given: Any) -> None:

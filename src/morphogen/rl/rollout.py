@@ -220,8 +220,8 @@ class Collector:
             self._observations.update(step.observation_ND, _unless_all(step.start_N | (step.valid_N & ~ended_N)))
         if self._rewards is None:
             return step
-        self._rewards.update(step.reward_N, ended_N, gamma, _unless_all(step.valid_N))
-        return dataclasses.replace(step, reward_N=self._rewards.normalize(step.reward_N))
+        reward_N = self._rewards.update_and_normalize(step.reward_N, ended_N, gamma, _unless_all(step.valid_N))
+        return dataclasses.replace(step, reward_N=reward_N)
 
     def _truncated(self, index: int, step: Step) -> Sequence[_Truncation]:
         envs = np.flatnonzero(step.truncated_N & ~step.terminated_N & step.valid_N)
