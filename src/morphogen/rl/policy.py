@@ -105,6 +105,8 @@ class ActorCritic(nn.Module):
             self.body = MLP(towers, width, config.head_hidden, config.activation, generator)
             width = config.head_hidden[-1]
         self.actor = linear(width, distribution.num_outputs, config.action_gain, generator)
+        with torch.no_grad():
+            self.actor.bias.copy_(distribution.initial_outputs())
         self.critics = nn.ModuleList(linear(width, num_critic_outputs, 1.0, generator) for _ in range(num_critics))
 
     @property

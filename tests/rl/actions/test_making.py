@@ -15,6 +15,7 @@ from morphogen.rl.actions import (
     SquashedGaussianDistribution,
     make,
 )
+from morphogen.rl.policy import ActorCritic, PolicyConfig
 
 BOX = Box(-1.0, 1.0, (2, 3))
 
@@ -125,3 +126,29 @@ def test_an_unsupported_space_is_named(space: Space[Any]) -> None:
 def test_exploration_is_a_share() -> None:
     with pytest.raises(ValueError, match="`exploration` must be less than 1"):
         ActionConfig(exploration=1.0)
+
+
+def test_an_untrained_policy_starts_from_the_initial_logits_whatever_the_heads_before() -> None:
+    heads = (
+        HeadConfig(name="op", initial_logits=(0.0, 2.0)),
+        HeadConfig(name="slot", given=("op",), initial_logits=(1.0, 0.0, -1.0)),
+    )
+    distribution = make(MultiDiscrete([2, 3]), ActionConfig(heads=heads))
+    assert distribution.initial_outputs().tolist() == [0.0, 2.0, 1.0, 0.0, -1.0, 1.0, 0.0, -1.0]
+    policy = ActorCritic(
+        PolicyConfig(hidden=(4,)),
+        observation_width=3,
+        image_shape=None,
+        distribution=distribution,
+        num_critics=1,
+        num_critic_outputs=1,
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert torch.equal(policy.actor.bias, distribution.initial_outputs())
+
+
+def test_initial_logits_of_another_number_than_the_choices_are_refused() -> None:
+    with pytest.raises(ValueError, match="`initial_logits` of head `op` must have one number for each of its 3 choices, got 2"):
+        make(
+            MultiDiscrete([3, 3]), ActionConfig(heads=(HeadConfig(name="op", initial_logits=(0.0, 1.0)), HeadConfig(name="b")))
+        )

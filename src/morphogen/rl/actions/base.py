@@ -61,6 +61,10 @@ class ActionDistribution(nn.Module, abc.ABC):
     action_shape: tuple[int, ...]
     action_dtype: torch.dtype
 
+    def initial_outputs(self) -> Tensor:
+        """Return the bias with which the policy's last layer starts, float32 ``[A]``; zeros unless there is a preference."""
+        return torch.zeros(self.num_outputs)
+
     @abc.abstractmethod
     def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Return all the chance of actions for rows of ``shape``, float32 ``[*shape, width]`` on the generator's device.

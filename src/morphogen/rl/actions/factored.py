@@ -88,6 +88,11 @@ class FactoredDistribution(ActionDistribution):
         self._register_rows()
         self._register_race()
 
+    def initial_outputs(self) -> Tensor:
+        """Return the heads' initial logits in the layout of the outputs, ``[A]``."""
+        tables = [np.broadcast_to(head.initial_logits, head.shape).ravel() for head in self.heads]
+        return torch.from_numpy(np.concatenate(tables)).float()
+
     def _register_rows(self) -> None:
         """Tables to find the row of logits of each head; narrower heads are padded with their first choice to S."""
         width = max(head.size for head in self.heads)

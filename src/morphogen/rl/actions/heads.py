@@ -32,6 +32,8 @@ class HeadConfig(Config):
         given: Earlier heads whose choices this head's distribution and mask depend on.
         relevant_when: Earlier head -> its choices for which this head matters; all must hold. A head decided by an
             irrelevant head is irrelevant itself. An irrelevant head takes its first valid choice, with log-probability 0.
+        initial_logits: One for each choice, with which an untrained policy starts, whatever the heads before; None for all
+            alike. Exploration is cheaper where what is rarely right is rarely tried; training is free to leave this.
 
     Example:
         >>> HeadConfig(name="slot", given=("op",), relevant_when={"op": (1, 2)}).given
@@ -41,6 +43,7 @@ class HeadConfig(Config):
     name: str = Field(min_length=1)
     given: tuple[str, ...] = ()
     relevant_when: dict[str, tuple[int, ...]] = {}
+    initial_logits: tuple[float, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Head:
         first_output: Column of its table's first entry among the policy's outputs.
         columns: Column of the outputs for each row of the context and each choice, ``[rows, size]``.
         relevant: Whether the head matters in each row of the context, ``[rows]``; None if it always does.
+        initial_logits: Of an untrained policy, ``[size]``.
         chances: Equation (as of einsum) from the tables of ``ancestors``, each of shape ``[*context, size, B]``, to the
             chance of each row of this head's context, ``[*context_shape, B]``.
     """
@@ -72,6 +76,7 @@ class Head:
     first_output: int
     columns: NDArray[np.int64]
     relevant: NDArray[np.bool_] | None
+    initial_logits: NDArray[np.float64]
     chances: str
 
     @property
@@ -127,6 +132,11 @@ def _check_links(config: HeadConfig, earlier: Sequence[str], sizes: Mapping[str,
                 f"`{field}` of head `{config.name}` must name heads before it, each once, got {', '.join(named)}. Heads "
                 f"before it: {', '.join(earlier) or 'none'}; reorder the heads (and the space) if one comes later."
             )
+    if config.initial_logits is not None and len(config.initial_logits) != sizes[config.name]:
+        raise ValueError(
+            f"`initial_logits` of head `{config.name}` must have one number for each of its {sizes[config.name]} choices, got "
+            f"{len(config.initial_logits)}. Use 0 for a choice without preference."
+        )
     for name, choices in config.relevant_when.items():
         if not 0 < len(set(choices)) < sizes[name] or not all(0 <= choice < sizes[name] for choice in choices):
             raise ValueError(
@@ -191,6 +201,7 @@ def _lay_out_head(
         first_output=first_output,
         columns=first_output + row[:, None] * size + np.arange(size),
         relevant=relevant if conditions else None,
+        initial_logits=np.array(config.initial_logits or (0.0,) * size),
         chances=_chances(context, ancestors, earlier),
     )
 
