@@ -10,6 +10,7 @@ from pydantic import Field
 from morphogen.config import Config
 from morphogen.governor import ExplosionConfig, GovernorConfig
 from morphogen.growth import GateConfig, GrowthConfig
+from morphogen.rl.critics import CriticConfig
 
 
 class Inner(Config):
@@ -89,6 +90,16 @@ def test_replace_makes_another_and_checks_it() -> None:
         config.replace(ratio=-1)
     with pytest.raises(ValueError, match="`ratoi` is not a setting of Outer. Did you mean `ratio`"):
         config.replace(ratoi=0.1)
+
+
+def test_replace_leaves_what_was_not_given_not_given() -> None:
+    changed = Outer(name="n", ratio=0.25).replace(name="m")
+    assert changed.model_fields_set == {"name", "ratio"} and changed == Outer(name="m", ratio=0.25)
+
+
+def test_the_nearest_of_the_named_values_is_suggested() -> None:
+    with pytest.raises(ValueError, match=r"`kind` must be .*'quantile'.*, got 'quantil'\. Did you mean 'quantile'\?"):
+        CriticConfig(kind="quantil")
 
 
 def test_replace_checks_what_ties_fields_together() -> None:

@@ -13,6 +13,7 @@ PROMISES = {
     "governed_loop.py": ("step 200: skip: loss is nan", "step 400: rewind: ", "600 observations, 1 step skipped, 1 rewind"),
     "grow_any_host.py": ("reader: (2, 8, 8) NLC", "the slot is DORMANT", "torch alone"),
     "grow_by_hand.py": ("fossilised, contributing", "same outputs: True"),
+    "growth_with_maskable_ppo.py": ("256 decisions in 2 environments, 21 actions", "return on a new seed"),
     "ppo_memory_and_masks.py": ("without memory: 0.", "with an LSTM: 1.00"),
 }
 

@@ -28,9 +28,9 @@ from morphogen.growth import (
 )
 from morphogen.growth.blueprints.widen import gradmax_directions
 from morphogen.growth.newborn import cosine
-from morphogen.recipes.flops import FlopMeter
 from morphogen.state import RandomStreams, TrainingState, draw_from
 from morphogen.tasks import Split, TaskData
+from morphogen.tasks.flops import FlopMeter
 
 WIDTHS = (4, 16, 32)
 """Units of the first hidden layer: at the start, after the first growth and after the second."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from morphogen.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from morphogen.envs import GrowthVectorEnv as GrowthVectorEnv
     from morphogen.governor import Governor as Governor, GovernorConfig as GovernorConfig
     from morphogen.growth import GrowableModel as GrowableModel, Stage as Stage
     from morphogen.rl import PPO as PPO, PPOConfig as PPOConfig
@@ -17,6 +18,7 @@ _HOMES = {
     "Governor": "morphogen.governor",
     "GovernorConfig": "morphogen.governor",
     "GrowableModel": "morphogen.growth",
+    "GrowthVectorEnv": "morphogen.envs",
     "Stage": "morphogen.growth",
     "PPO": "morphogen.rl",
     "PPOConfig": "morphogen.rl",

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import re
 from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
+
+_QUOTED = re.compile(r"'([^']*)'")
 
 
 class Config(BaseModel):
@@ -38,8 +41,9 @@ class Config(BaseModel):
             raise AttributeError(f"`{name}` of a {type(self).__name__} cannot be set. Use replace({name}={value!r}).")
 
     def replace(self, **changes: Any) -> Self:
-        """Return a config of the same kind with ``changes`` applied and everything checked again."""
-        return type(self)(**{**self.__dict__, **changes})
+        """Return a config of the same kind with ``changes`` applied and everything checked again; what is unset stays so."""
+        given = {name: value for name, value in self.__dict__.items() if name in self.model_fields_set}
+        return type(self)(**{**given, **changes})
 
 
 def _explain(config: type[BaseModel], error: ValidationError) -> str:
@@ -60,4 +64,6 @@ def _sentence(config: type[BaseModel], problem: ErrorDetails) -> str:
     if kind == "value_error":
         return str(problem["ctx"]["error"]) if "ctx" in problem else problem["msg"]
     rule = problem["msg"].partition(" should ")[2] or problem["msg"]
-    return f"`{field}` must {rule}, got {problem['input']!r}. Change it in {config.__name__}."
+    near = difflib.get_close_matches(str(problem["input"]), _QUOTED.findall(rule), n=1) if kind == "literal_error" else []
+    hint = f"Did you mean {near[0]!r}?" if near else f"Change it in {config.__name__}."
+    return f"`{field}` must {rule}, got {problem['input']!r}. {hint}"

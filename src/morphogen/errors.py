@@ -68,3 +68,20 @@ class EnvironmentFault(MorphogenError):
         """Keep the index beside the message."""
         self.env_index = env_index
         super().__init__(message)
+
+
+class EpisodeFailed(MorphogenError):
+    """A network that is trained in an episode came to nothing; no other is affected, and the next episode can begin."""
+
+
+class WorkerDied(MorphogenError):
+    """A process that plays environments died, again and again; what was saved before can be loaded.
+
+    Attributes:
+        env_indices: The environments it played.
+    """
+
+    def __init__(self, message: str, env_indices: tuple[int, ...] = ()) -> None:
+        """Keep the indices beside the message."""
+        self.env_indices = env_indices
+        super().__init__(message)

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from morphogen.rl.events import EpisodesRestarted, Updated
-from morphogen.telemetry.console import ConsoleSink, PPOConsoleSink
+from morphogen.telemetry.console import ConsoleSink, PPOConsoleSink, TrainConsoleSink
 from morphogen.telemetry.events import Json, record_of
 
 
@@ -76,6 +76,25 @@ def test_what_nobody_should_miss_stays(plain: Console, clock: Clock) -> None:
         "step 100: 2 minibatches were not finite, skipped",
         "step 100: return 3.5 ± 0.5 over 5 evaluation episodes",
         "step 100: episodes under way were begun anew: it differs",
+    ]
+
+
+def test_a_line_tells_what_networks_come_to(plain: Console, clock: Clock) -> None:
+    sink = TrainConsoleSink(100, metric="accuracy", console=plain, clock=clock)
+    clock.seconds = 6.0
+    sink.write(update(20, mean_return=float("nan"), kl=0.01, explained_variance=0.5, steps_per_second=2.5))
+    sink.write({"event": "EpisodesAveraged", "step": 40, "metric": 0.625, "parameters": 1234.4, "rollbacks": 3})
+    clock.seconds = 12.0
+    sink.write(update(40, mean_return=1.5, kl=0.01, explained_variance=0.5, steps_per_second=2.5, skipped_minibatches=1))
+    sink.write({"event": "EpisodesAveraged", "step": 60, "metric": "nan", "parameters": 10.0, "rollbacks": 3})
+    clock.seconds = 18.0
+    sink.write(update(60, mean_return=1.5, kl=0.01, explained_variance=0.5, steps_per_second=2.5))
+    sink.close()
+    assert printed(plain) == [
+        "decision 20/100  return -  no network done yet  KL 0.01  EV 0.5  2.5 decisions/s  ETA 0:32",
+        "decision 40/100  return 1.5  62.5%  1,234 par  3 faults  KL 0.01  EV 0.5  2.5 decisions/s  ETA 0:18",
+        "decision 40: 1 minibatches were not finite, skipped",
+        "decision 60/100  return 1.5  n/a  10 par  3 faults  KL 0.01  EV 0.5  2.5 decisions/s  ETA 0:12",
     ]
 
 

@@ -110,3 +110,16 @@ def test_a_directory_that_cannot_be_made_drops_the_sink_alone(tmp_path: Path) ->
     with pytest.warns(RuntimeWarning, match="TensorBoardSink failed"):
         bus.emit(TickMeasured(), arm="grown", repeat=0, train_step=1)
     assert bus.dropped == ("TensorBoardSink",)
+
+
+def test_what_networks_came_to_is_a_run_with_a_tag_for_each_term(tmp_path: Path) -> None:
+    sink = TensorBoardSink(tmp_path)
+    for step, metric in ((10, 0.25), (20, 0.5)):
+        sink.write(
+            {"event": "EpisodesAveraged", "step": step, "metric": metric, "term": {"rent": -metric}, "op": {"wait": 0.75}}
+        )
+        sink.write({"event": "EpisodeFinished", "step": step, "metric": 9.0})
+    sink.close()
+    assert tags(tmp_path / "episodes") == {"metric", "term/rent", "op/wait"}
+    assert curve(tmp_path / "episodes", "metric") == [(10, 0.25), (20, 0.5)]
+    assert curve(tmp_path / "episodes", "term/rent") == [(10, -0.25), (20, -0.5)]

@@ -24,8 +24,8 @@ class Grow:
 
     task: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: mnist1d)")] = None
     """Which task; see `morphogen tasks`."""
-    policy: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: heuristic)")] = None
-    """Who decides: wait, random, periodic or heuristic."""
+    policy: Annotated[str | None, arg(metavar="NAME|RUN", help_behavior_hint="(default: heuristic)")] = None
+    """Who decides: wait, random, periodic, heuristic, or a trained policy: its run directory, file or name."""
     seed: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 0)")] = None
     """Root seed of the first repeat."""
     repeats: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 5)")] = None
@@ -36,6 +36,66 @@ class Grow:
     """Where to train: cpu, cuda, cuda:1, mps."""
     inject: Annotated[tuple[str, ...], arg(metavar="FAULT@STEP"), tyro.conf.UseAppendAction] = ()
     """Inject a fault, for example nan@700, into the grown arm."""
+    out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: the next free one below runs/)")] = None
+    """Run directory, new or empty."""
+    config: Annotated[Path | None, arg(metavar="FILE.yaml", help_behavior_hint="")] = None
+    """Every knob, as config.yaml of a run directory holds them; flags win over it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a policy that learns when and where networks grow."""
+
+    task: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: mnist1d)")] = None
+    """What the networks are trained on; see `morphogen tasks`."""
+    steps: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 40000)")] = None
+    """Decisions, over all networks."""
+    envs: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 8)")] = None
+    """Networks that are trained at a time."""
+    executor: Annotated[str | None, arg(metavar="KIND", help_behavior_hint="(default: inline)")] = None
+    """Who trains them: inline, or processes on all cores."""
+    reward: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: shaped)")] = None
+    """What is paid; see docs/train.md."""
+    critic: Annotated[str | None, arg(metavar="KIND", help_behavior_hint="(default: scalar)")] = None
+    """What the critic predicts: scalar, quantile or categorical."""
+    seed: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 0)")] = None
+    """Root of all chance."""
+    settings: Annotated[
+        tuple[str, ...], arg(name="set", metavar="NAME=VALUE", help_behavior_hint=""), tyro.conf.UseAppendAction
+    ] = ()
+    """Any other setting, for example ppo.epochs=4 or env.tick_steps=20; may come often."""
+    out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: the next free one below runs/)")] = None
+    """Run directory, new or empty."""
+    config: Annotated[Path | None, arg(metavar="FILE.yaml", help_behavior_hint="")] = None
+    """Every knob, as config.yaml of a run directory holds them; flags win over it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Compare a trained policy with others, on the same held-out episodes."""
+
+    run: Positional[Annotated[str | None, arg(metavar="RUN", help_behavior_hint="")]] = None
+    """Its run directory or file, or the name of a policy that comes with morphogen."""
+    against: Annotated[str | None, arg(metavar="NAME,NAME", help_behavior_hint="(default: wait,random,periodic,heuristic)")] = (
+        None
+    )
+    """Whom to compare with."""
+    task: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: the one it was trained on)")] = None
+    """Which task to play; see `morphogen tasks`."""
+    episodes: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 30)")] = None
+    """Episodes of each player."""
+    seed: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 0)")] = None
+    """Which held-out seeds."""
+    sample: Annotated[bool, arg(help_behavior_hint=""), tyro.conf.FlagCreatePairsOff] = False
+    """Let the policy draw its choices instead of taking the most probable ones."""
+    envs: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 8)")] = None
+    """Episodes played at the same time."""
+    executor: Annotated[str | None, arg(metavar="KIND", help_behavior_hint="(default: inline)")] = None
+    """Who trains the networks: inline, or processes on all cores."""
+    steps: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: as in training)")] = None
+    """Training steps of an episode."""
+    device: Annotated[str | None, arg(metavar="DEVICE", help_behavior_hint="(default: cpu)")] = None
+    """Where to train: cpu, cuda, cuda:1, mps."""
     out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: the next free one below runs/)")] = None
     """Run directory, new or empty."""
     config: Annotated[Path | None, arg(metavar="FILE.yaml", help_behavior_hint="")] = None
@@ -95,6 +155,8 @@ class Report:
 Command = (
     Annotated[Tasks, tyro.conf.subcommand("tasks")]
     | Annotated[Grow, tyro.conf.subcommand("grow")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[PPO, tyro.conf.subcommand("ppo")]
     | Annotated[Resume, tyro.conf.subcommand("resume")]
     | Annotated[Report, tyro.conf.subcommand("report")]

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from morphogen import tasks
 from morphogen.cli.commands import Grow, Resume
-from morphogen.cli.printing import result_console, say_how_to_resume, say_where
+from morphogen.cli.printing import absolute, result_console, say_how_to_resume, say_where
 from morphogen.recipes.config import GrowConfig
 from morphogen.recipes.grow import GrowResult, grow as run_grow, num_finished_arms, resume as run_resume
 from morphogen.recipes.results import Interval, Row
@@ -20,7 +20,7 @@ def grow(command: Grow) -> int:
     """Run a grow job."""
     given = {
         "task": command.task,
-        "policy": command.policy,
+        "policy": absolute(command.policy),
         "seed": command.seed,
         "repeats": command.repeats,
         "total_steps": command.steps,

@@ -10,13 +10,15 @@ from typing import Any
 import tyro
 
 from morphogen.cli.codes import FAILED, INTERRUPTED, MISUSED
-from morphogen.cli.commands import PPO, Command, Grow, Report, Resume, Tasks
+from morphogen.cli.commands import PPO, Command, Evaluate, Grow, Report, Resume, Tasks, Train
 from morphogen.errors import MorphogenError
 
 _DESCRIPTION = "Train PyTorch networks that change while they train."
 _HANDLERS: dict[type, tuple[str, str]] = {
     Tasks: ("tasks", "show_tasks"),
     Grow: ("grow", "grow"),
+    Train: ("train", "train"),
+    Evaluate: ("evaluate", "evaluate"),
     PPO: ("ppo", "ppo"),
     Resume: ("runs", "resume"),
     Report: ("runs", "report"),

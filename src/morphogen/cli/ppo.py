@@ -6,7 +6,7 @@ from typing import Any
 
 from morphogen.cli.commands import PPO, Resume
 from morphogen.cli.printing import result_console, say_how_to_resume, say_where
-from morphogen.recipes.overrides import parse_settings, with_settings
+from morphogen.recipes.overrides import parse_settings, with_flags
 from morphogen.recipes.ppo import PPOResult, resume_ppo, train_ppo
 from morphogen.recipes.ppo_config import PPOJobConfig
 from morphogen.recipes.run_directory import RunDirectory, read_config
@@ -36,12 +36,12 @@ def _config(command: PPO) -> PPOJobConfig:
     }
     given: dict[str, Any] = {name: value for name, value in job.items() if value is not None}
     base = read_config(command.config, PPOJobConfig).replace(**given) if command.config else PPOJobConfig(**given)
-    return base.replace(ppo=with_settings(base.ppo, _settings(command)))
+    return base.replace(ppo=with_flags(base.ppo, _flags(command), parse_settings(command.settings)))
 
 
-def _settings(command: PPO) -> dict[str, object]:
-    """Return the settings of the agent, those that have a flag of their own among them."""
-    flags = {
+def _flags(command: PPO) -> dict[str, object]:
+    """Return the settings of the agent that have a flag of their own."""
+    return {
         "seed": command.seed,
         "num_envs": command.num_envs,
         "device": command.device,
@@ -50,13 +50,6 @@ def _settings(command: PPO) -> dict[str, object]:
         "normalize_observations": command.normalize or None,
         "normalize_rewards": command.normalize or None,
     }
-    settings = parse_settings(command.settings)
-    for name, value in flags.items():
-        if value is not None and name in settings:
-            raise ValueError(f"`{name}` must be given once, got it by --set and by a flag of its own. Leave one out.")
-        if value is not None:
-            settings[name] = value
-    return settings
 
 
 def _conclude(result: PPOResult) -> int:

@@ -8,12 +8,20 @@ from pathlib import Path
 
 from rich.console import Console
 
+from morphogen import control
 from morphogen.cli.codes import DONE, FAILED, INTERRUPTED
 
 
 def result_console() -> Console:
     """Return where results go: standard output, as wide as a page where it is no terminal."""
     return Console(width=None if sys.stdout.isatty() else 120)
+
+
+def absolute(policy: str | None) -> str | None:
+    """Return the path of a policy so that it holds when the run is resumed from elsewhere; the name of one as it is."""
+    if policy is None or policy in control.names() or not Path(policy).exists():
+        return policy
+    return str(Path(policy).resolve())
 
 
 def say_how_to_resume(directory: Path) -> int:

@@ -9,6 +9,7 @@ import math
 from morphogen.errors import SlotError
 from morphogen.growth import GrowableModel, Sowing
 from morphogen.growth.gates import GateResult
+from morphogen.growth.ramps import Curve
 
 
 class Op(enum.IntEnum):
@@ -32,6 +33,8 @@ class Action:
         sowing: What to germinate; for GERMINATE alone.
         alpha_target: In (0, 1]; for SET_ALPHA_TARGET alone.
         over: Ticks of the ramp: >= 1 for SET_ALPHA_TARGET, >= 0 for PRUNE, else 0.
+        curve: Shape of the ramp; for SET_ALPHA_TARGET alone.
+        steepness: Of a sigmoid; for SET_ALPHA_TARGET alone.
         reason: Why, in a few words, for the log.
     """
 
@@ -40,6 +43,8 @@ class Action:
     sowing: Sowing | None = None
     alpha_target: float = 1.0
     over: int = 0
+    curve: Curve = "sigmoid"
+    steepness: float = 12.0
     reason: str = ""
 
     def __post_init__(self) -> None:
@@ -57,6 +62,8 @@ class Action:
         if not least <= self.over <= most:
             rule = f">= {least} ticks" if most else "left out"
             raise ValueError(f"`over` must be {rule}, got {self.over} for {op}. Mend the policy.")
+        if self.op is not Op.SET_ALPHA_TARGET and (self.curve, self.steepness) != ("sigmoid", 12.0):
+            raise ValueError(f"`curve` and `steepness` must be left out, got {self.curve!r} for {op}. Mend the policy.")
 
 
 _OVER: dict[Op, tuple[int, float]] = {Op.SET_ALPHA_TARGET: (1, math.inf), Op.PRUNE: (0, math.inf)}
@@ -76,7 +83,9 @@ def execute(model: GrowableModel, action: Action) -> GateResult | None:
     elif action.op is Op.ADVANCE:
         return _passed(action, model.advance(action.slot))
     elif action.op is Op.SET_ALPHA_TARGET:
-        model.set_alpha_target(action.slot, action.alpha_target, over=action.over)
+        model.set_alpha_target(
+            action.slot, action.alpha_target, over=action.over, curve=action.curve, steepness=action.steepness
+        )
     elif action.op is Op.PRUNE:
         model.prune(action.slot, over=action.over, reason=action.reason or "pruned by the policy")
     elif action.op is Op.FOSSILIZE:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -19,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from morphogen.growth.lifecycle import ACTING
 from morphogen.growth.model import GrowableModel
-from morphogen.growth.probing import Example, example_call, untouched
+from morphogen.growth.probing import Example, example_call, undisturbed, untouched
+from morphogen.state import draw_from
 
 PerSampleMetric = Callable[[Any, Tensor], Tensor]
 """(outputs, targets) -> one value per sample, shape (N,); larger is better."""
@@ -85,16 +87,28 @@ def ablated_values(
         raise ValueError(f"`memory_budget_bytes` must be >= 1, got {memory_budget_bytes}. Leave it out for no limit.")
     values: list[Tensor] = []
     limit: int | None = None
-    with untouched(model):
-        for batch in batches:
+    stream = torch.Generator().manual_seed(0)
+    with undisturbed(model, stream) as run:
+        for batch in _drawn(batches, stream):
             if not _num_samples(batch):
                 continue
             if memory_budget_bytes is not None and limit is None:
                 limit = _samples_within(memory_budget_bytes, peak_bytes(model, batch, metric, rows[-1]))
-            values.append(_values_of(model, batch, metric, rows, limit))
+            values.append(run(partial(_values_of, model, batch, metric, rows, limit)))
     if not values:
         raise ValueError("`batches` must hold at least one batch with samples, got none. Pass the decision split.")
-    return torch.cat(values, dim=1)
+    return _joined(values, dim=1)
+
+
+def evaluated(
+    model: GrowableModel, batches: Iterable[Batch], metric: PerSampleMetric, rows: Sequence[frozenset[str]]
+) -> Tensor:
+    """Return values_RN as :func:`ablated_values` does, without its safeguards: for a model in eval mode that nobody else needs.
+
+    What a pass writes to buffers stays, and what it draws is drawn from the global generators.
+    """
+    with torch.no_grad():
+        return _joined([_values_of(model, batch, metric, rows, None) for batch in batches], dim=1)
 
 
 def peak_bytes(model: GrowableModel, batch: Batch, metric: PerSampleMetric, off: frozenset[str]) -> int:
@@ -109,6 +123,20 @@ def peak_bytes(model: GrowableModel, batch: Batch, metric: PerSampleMetric, off:
     with untouched(model), _LiveBytes((*model.parameters(), *model.buffers(), *given)) as live:
         _pass(model, sample, metric, [off])
     return max(1, live.peak)
+
+
+def _drawn(batches: Iterable[Batch], stream: torch.Generator) -> Iterator[Batch]:
+    """Yield ``batches``; if making them is random, it draws from ``stream``."""
+    if isinstance(batches, Sequence):  # they are made
+        yield from batches
+        return
+    iterator = iter(batches)
+    while True:
+        with draw_from(stream):
+            batch = next(iterator, None)
+        if batch is None:
+            return
+        yield batch
 
 
 def _num_samples(batch: Batch) -> int:
@@ -149,8 +177,12 @@ def _values_of(
     for start in range(0, count, samples):
         part = _samples(batch, start, start + samples)
         passes = [_pass(model, part, metric, rows[row : row + copies]) for row in range(0, len(rows), copies)]
-        columns.append(torch.cat(passes))
-    return torch.cat(columns, dim=1)
+        columns.append(_joined(passes))
+    return _joined(columns, dim=1)
+
+
+def _joined(parts: list[Tensor], dim: int = 0) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def _pass(model: GrowableModel, batch: Batch, metric: PerSampleMetric, rows: Sequence[frozenset[str]]) -> Tensor:
@@ -171,12 +203,18 @@ def _alphas(model: GrowableModel, rows: Sequence[frozenset[str]], count: int) ->
     """Return alpha per sample of each slot that some row switches off; the slot's own tensor, so that it rounds alike."""
     found: dict[str, Tensor] = {}
     for name in dict.fromkeys(name for row in rows for name in sorted(row)):
-        alpha = model.slot(name).alpha
-        found[name] = torch.cat([(alpha * (name not in row)).expand(count) for row in rows])
+        alpha_RN = model.slot(name).alpha.repeat(len(rows), count)
+        for row, off in enumerate(rows):
+            if name in off:
+                alpha_RN[row] = 0.0
+        found[name] = alpha_RN.flatten()
     return found
 
 
 def _repeated(tree: Any, count: int, copies: int) -> Any:
+    if copies == 1:
+        return tree
+
     def repeated(leaf: Tensor) -> Tensor:
         return leaf.repeat(copies, *(1 for _ in leaf.shape[1:])) if _is_batched(leaf, count) else leaf
 

@@ -34,9 +34,12 @@ from morphogen.growth.shadow import ShadowPasses
 from morphogen.growth.slots import AlphaOverrides, SeedSlot, alpha_overrides
 from morphogen.growth.structure import Follower, Followers, PlannedStructure, same_seed
 from morphogen.growth.topology import read_host, read_topology, topology_of
+from morphogen.growth.walking import named_parameters
 from morphogen.state import RandomStreams
 from morphogen.state.surgery_grafts import Graft
 from morphogen.telemetry.events import Emit, Json, discard
+
+_ISOLATED = LIVE - ACTING
 
 
 class GrowableModel(nn.Module):
@@ -117,7 +120,7 @@ class GrowableModel(nn.Module):
     @property
     def needs_shadow(self) -> bool:
         """Whether a seed learns in :meth:`shadow` alone: one is in TRAINING, and ``config.incubator`` is "shadow"."""
-        return any(slot.mix == "shadow" for slot in self._slots().values())
+        return self._config.incubator == "shadow" and any(slot.mix == "shadow" for slot in self._slots().values())
 
     def shadow(self) -> AbstractContextManager[None]:
         """Return a block in which passes show the network with its incubating seeds at work, and train these alone.
@@ -187,15 +190,16 @@ class GrowableModel(nn.Module):
         for name, slot in self._slots().items():
             if slot.seed is not None:
                 owned[name] = []
-        for name, parameter in self.named_parameters():
+        for name, parameter in named_parameters(self):
             owner = name.split(".")[1] if name.startswith("slots.") else HOST
             owned[owner].append((name, parameter))
         return owned
 
     def isolated(self) -> dict[str, list[tuple[str, Parameter]]]:
         """Return what :meth:`owners` does of the seeds in incubation alone, which do not act on the outputs."""
-        stages, owned = self.stages(), self.owners()
-        return {name: owned[name] for name, stage in stages.items() if stage in LIVE - ACTING and name in owned}
+        isolated = [name for name, stage in self.stages().items() if stage in _ISOLATED]
+        owned = self.owners() if isolated else {}
+        return {name: owned[name] for name in isolated if name in owned}
 
     # -- operations -------------------------------------------------------------------------------------------------
 
@@ -433,7 +437,7 @@ class GrowableModel(nn.Module):
             alpha_overrides.reset(token)
 
     def _slots(self) -> dict[str, SeedSlot]:
-        return {name: cast("SeedSlot", slot) for name, slot in self.slots.items()}
+        return cast("dict[str, SeedSlot]", self.slots._modules)  # pyright: ignore[reportPrivateUsage]
 
     def _checked(self, slot: str, move: Callable[[], SlotState]) -> SlotState:
         try:

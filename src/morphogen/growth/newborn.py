@@ -209,13 +209,7 @@ class NewbornPolicy:
         Raises:
             ValueError: A seed was born that :meth:`options` was not asked for: the ``TrainingState`` does not know this policy.
         """
-        strangers = self._births.keys() - self._claimed
-        if strangers:
-            raise ValueError(
-                "`newborn_options` of the TrainingState must be this policy's `options`, and the policy be among its `extras`, "
-                f"got seeds in {', '.join(sorted(strangers))} that came without. Pass both."
-            )
-        self._steps += 1
+        self.count()
         for owner, birth in self._births.items():
             factor = self._factor(birth)
             if factor is None:
@@ -224,6 +218,20 @@ class NewbornPolicy:
                 surgery_newborns.follow_rate(self._optimizer, owner, HOST, factor)
             else:
                 surgery_newborns.follow_initial_rate(self._optimizer, owner, factor)
+
+    def count(self) -> None:
+        """Count a step and leave the rates, where every group has the host's anyway.
+
+        Raises:
+            ValueError: As :meth:`step`.
+        """
+        if not self._births.keys() <= self._claimed:
+            strangers = self._births.keys() - self._claimed
+            raise ValueError(
+                "`newborn_options` of the TrainingState must be this policy's `options`, and the policy be among its `extras`, "
+                f"got seeds in {', '.join(sorted(strangers))} that came without. Pass both."
+            )
+        self._steps += 1
 
     def state_dict(self) -> dict[str, Any]:
         """Return the count of steps, and slot -> step of birth (None for a seed that was there before the policy)."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Generator, Iterable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,9 @@ from morphogen.growth.features import Place, Site, element, not_a_tensor
 from morphogen.growth.operators import Seed
 from morphogen.state import draw_from
 from morphogen.state.generators import read_global_generators, write_global_generators
+from morphogen.state.inventory import copy_all
 
+Result = TypeVar("Result")
 Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 
@@ -130,28 +132,65 @@ def untouched(module: nn.Module) -> Generator[None]:
 
     So are the modules whose forward hooks run with it, such as the seeds of a host.
     """
+    with _kept(module), draw_from(torch.Generator().manual_seed(0)):
+        yield
+
+
+@contextlib.contextmanager
+def undisturbed(module: nn.Module, stream: torch.Generator) -> Generator[Callable[[Callable[[], Result]], Result]]:
+    """Yield a function that runs passes of ``module`` as :func:`untouched` does, which draw from ``stream``; any may run twice.
+
+    To watch every operation for draws costs more than the operations of a small network do. So passes go unwatched first, and
+    once more, watched, only if torch drew from a global generator meanwhile.
+    """
+    with _kept(module) as put_back:
+
+        def run(passes: Callable[[], Result]) -> Result:
+            before = _torch_generators()
+            result = passes()
+            if all(map(torch.equal, _torch_generators(), before)):
+                return result
+            put_back()
+            with draw_from(stream):
+                return passes()
+
+        yield run
+
+
+@contextlib.contextmanager
+def _kept(module: nn.Module) -> Generator[Callable[[], None]]:
+    """Keep modes, buffers and global generators, see :func:`untouched`; yield what puts the latter two back at once."""
     parts = _run_with(module)
     modes = [(part, part.training) for part in parts]
-    tables = [part._buffers for part in parts]  # pyright: ignore[reportPrivateUsage]
+    tables = [table for part in parts if (table := part._buffers)]  # pyright: ignore[reportPrivateUsage]
     entries = [dict(table) for table in tables]  # forward may replace a buffer as well as write to it
-    buffers = [(buffer, buffer.detach().clone()) for part in parts for buffer in part.buffers(recurse=False)]
+    buffers = [(buffer, buffer.detach().clone()) for table in tables for buffer in table.values() if buffer is not None]
     chance = read_global_generators()
-    for part in parts:
-        part.training = False
-    try:
-        # A compiled module runs uncompiled: nothing is compiled for the sake of one pass, and draw_from breaks graphs.
-        with torch.compiler.set_stance("force_eager"), torch.no_grad(), draw_from(torch.Generator().manual_seed(0)):
-            yield
-    finally:
+
+    def put_back() -> None:
         write_global_generators(chance)
-        for part, training in modes:
-            part.training = training
         for table, before in zip(tables, entries, strict=True):
             table.clear()
             table.update(before)
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+        copy_all(buffers)
+
+    for part, training in modes:
+        if training:
+            part.training = False
+    try:
+        # A compiled module runs uncompiled: nothing is compiled for the sake of one pass, and draw_from breaks graphs.
+        with torch.compiler.set_stance("force_eager"), torch.no_grad():
+            yield put_back
+    finally:
+        put_back()
+        for part, training in modes:
+            if part.training is not training:
+                part.training = training
+
+
+def _torch_generators() -> list[Tensor]:
+    """Return the states of torch's global generators."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ())]
 
 
 def _run_with(module: nn.Module) -> list[nn.Module]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from morphogen.growth.gates import Reading, SlotSensors as SlotSensors
 from morphogen.growth.lifecycle import LIVE
 from morphogen.growth.points import HOST
 from morphogen.growth.slots import SeedSlot
+
+# What torch's own gradient clipping is made of; no public name gives all norms in one call.
+_foreach_norm = torch._foreach_norm  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
 
 
 def sense_gradients(
@@ -48,9 +51,7 @@ def sense_gradients(
         return
     scale, seeking = _scale_of(scaler)
     gradients = [[p.grad for _, p in owners[name] if p.grad is not None] for name in (HOST, *live)]
-    norms = [_norm(found) for found in gradients] + [_norm(p.detach() for _, p in owners[name]) for name in live]
-    device = next((p.device for name in live for _, p in owners[name]), torch.device("cpu"))
-    values = torch.stack([norm.to(device) for norm in norms]).tolist()
+    values = _norms([*gradients, *([p.detach() for _, p in owners[name]] for name in live)])
     told = [number for norm, found in zip(values, gradients, strict=False) for number in _per_element(norm / scale, found)]
     means = processes.mean("sense", told + values[len(gradients) :])
     shares = zip(means[: len(told) : 2], means[1 : len(told) : 2], strict=True)
@@ -79,12 +80,16 @@ def _scale_of(scaler: torch.amp.GradScaler | None) -> tuple[float, bool]:
     return (1.0 if OptState.UNSCALED in stages else scale), scale > 1.0
 
 
-def _norm(tensors: Iterable[Tensor]) -> Tensor:
-    """Return the length of all ``tensors`` as one vector, summed in at least single precision."""
-    tensors = list(tensors)
-    if not tensors:
-        return torch.zeros(())
-    return get_total_norm([tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors])
+def _norms(groups: Sequence[Sequence[Tensor]]) -> list[float]:
+    """Return the length of the tensors of each group as one vector, summed in at least single precision; one transfer."""
+    tensors = [tensor for group in groups for tensor in group]
+    if len({(tensor.device, tensor.dtype) for tensor in tensors}) == 1 and tensors[0].dtype is torch.float32:
+        norms = torch.stack(_foreach_norm(tensors)).split([len(group) for group in groups])
+        return torch.stack([torch.linalg.vector_norm(norm) for norm in norms]).tolist()
+    wide = ([tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in group] for group in groups)
+    totals = [get_total_norm(group) if group else torch.zeros(()) for group in wide]
+    device = tensors[-1].device if tensors else torch.device("cpu")
+    return torch.stack([total.to(device) for total in totals]).tolist()
 
 
 def _per_element(norm: float, gradients: list[Tensor]) -> tuple[float, float]:

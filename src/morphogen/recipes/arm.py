@@ -1,8 +1,8 @@
 """One arm: a network trained from start to end under the governor, with a policy deciding about its slots.
 
     for each tick:   train ``tick_steps`` steps, each judged by the governor before it is taken
-                     sense gradients, tick the clock, measure the decision split and every acting slot's contribution
-                     let the policy act
+                     sense gradients, tick the clock, measure the decision split and what seeds contribute
+                     let the policy act; a trained one acts before the first tick too
     at the end:      measure the test split, once
 
 Everything that evolves is in the ``TrainingState`` (rewound by the governor) or in ``ArmProgress`` (never rewound: counts,
@@ -14,44 +14,27 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import time
-from collections.abc import Generator, Hashable, Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from morphogen import control, tasks
-from morphogen.control import Op, Policy
+from morphogen.control import Action, Op
+from morphogen.envs.learned import LearnedPolicy
 from morphogen.governor import Governor
 from morphogen.governor.faults import Fault, Injections, inject, kind_named
-from morphogen.growth import ContributionResult, NewbornPolicy, Stage, measure_contributions
 from morphogen.recipes.config import Arm, GrowConfig
+from morphogen.recipes.deciding import Tick, make_decider
 from morphogen.recipes.events import ArmFinished, ArmStarted, Decided, FaultInjected, TickMeasured
-from morphogen.recipes.flops import FlopMeter
 from morphogen.recipes.results import ArmResult
-from morphogen.state import TrainingState
-from morphogen.tasks import BuiltTask, Split, Task
+from morphogen.tasks import BuiltTask, Task
+from morphogen.tasks.training import TaskTraining
 from morphogen.telemetry.events import Emit, to_json
-
-_EVALUATION_BATCH = 1000
-
-
-@dataclasses.dataclass
-class Cursor:
-    """How far training has come; part of the run, so a rewind takes it back."""
-
-    step: int = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the step."""
-        return {"step": self.step}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Set the step."""
-        self.step = state["step"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,39 +61,51 @@ class ArmRun:
         repeat: Number of the repeat.
         emit: Receives every event of model, governor and run.
         task: What to train on; by default the config's.
+        learned: A trained policy, which decides in the grown arm in place of the config's; not changed.
     """
 
-    def __init__(self, config: GrowConfig, arm: Arm, repeat: int, emit: Emit, task: Task | None = None) -> None:
+    def __init__(
+        self,
+        config: GrowConfig,
+        arm: Arm,
+        repeat: int,
+        emit: Emit,
+        task: Task | None = None,
+        *,
+        learned: LearnedPolicy | None = None,
+    ) -> None:
         """Build everything under the repeat's seed."""
         self.config = config
         self.arm: Arm = arm
         self.repeat = repeat
         self._emit = emit
-        self.task = task or tasks.get(config.task)
+        self.task, slots = task or tasks.get(config.task), None
+        learned = None if learned is None or arm != "grown" else learned.on(self.task.name)
+        if learned is not None:  # it decides where and as often as in training
+            slots, tick_steps = learned.origin.env.slots, learned.origin.env.tick_steps
+            self.task = dataclasses.replace(self.task, tick_steps=tick_steps or self.task.tick_steps)
         self.built: BuiltTask = self.task.build(
-            config.device, seed=config.seed + repeat, full_size=arm == "reference", config=config.growth, emit=emit
+            config.device, slots, seed=config.seed + repeat, full_size=arm == "reference", config=config.growth, emit=emit
         )
         self.model = self.built.model
         self.total_steps = config.total_steps or self.task.total_steps
-        self.cursor = Cursor()
-        self._policy_stream = self.built.streams.numpy("policy")
-        self._scheduler = CosineAnnealingLR(self.built.optimizer, self.total_steps)
-        self.newborn = NewbornPolicy(config.newborn, self.model, self.built.optimizer, self.total_steps)
-        self.state = TrainingState(
-            self.model,
-            self.built.optimizer,
-            self._scheduler,
-            extras={"cursor": self.cursor, "policy": self._policy_stream, "newborn": self.newborn},
-            newborn_options=self.newborn.options,
+        chosen = learned or (config.policy if arm == "grown" else "wait")
+        self._decider = make_decider(chosen, self.task, self.built.streams.numpy("policy"), self._total_ticks)
+        self.training = TaskTraining(
+            self.built,
+            total_steps=self.total_steps,
+            newborn=config.newborn,
+            extras=self._decider.extras,
             emit=emit,
         )
+        self.state, self.cursor = self.training.state, self.training.cursor
+        self._decider.prepare(self.training)
         self.governor = Governor(self.state, config.governor, emit=emit)
-        self._policy: Policy = control.make(config.policy if arm == "grown" else "wait", self.task.blueprints)
         self._faults = [Fault.parse(text) for text in config.inject] if arm == "grown" else []
-        self._flops = FlopMeter()
         self.progress = ArmProgress()
         self._last_loss = torch.tensor(torch.nan)
-        self._order: tuple[tuple[int, int], Tensor] | None = None
+        self._losses: list[Tensor] = []  # of the tick under way
+        self._quarantined = 0
 
     @property
     def done(self) -> bool:
@@ -122,33 +117,45 @@ class ArmRun:
         """Decisions so far."""
         return -(-self.cursor.step // self.task.tick_steps)
 
+    @property
+    def _total_ticks(self) -> int:
+        return -(-self.total_steps // self.task.tick_steps)
+
     def start(self) -> None:
         """Announce the run; call once, before the first tick of a run that is not resumed."""
         slots = tuple(self.model.stages())
         parameters = self.model.num_parameters()
         self._emit(ArmStarted(parameters=parameters, slots=slots, total_steps=self.total_steps))
+        self._act(self._decider.begin())
 
     def run_tick(self) -> None:
         """Train up to the next decision, measure, and let the policy act."""
         started = time.perf_counter()
+        skipped, self._quarantined = self.governor.skipped_steps, 0
         self.model.train()
         self._train_to_next_tick()
         self.model.sense()
         self.model.tick()
-        measured = self._measure()
-        self._report(measured.metric)
+        tick = Tick(
+            tick=self.tick,
+            total_ticks=self._total_ticks,
+            loss=float(torch.stack(self._losses).mean()) if self._losses else math.nan,
+            skipped=self.governor.skipped_steps - skipped,
+            quarantined=self._quarantined,
+        )
+        self._report(self._decider.measure(self.training, tick))
         if not self.done:
-            self._decide(measured.metric)
+            self._act(self._decider.decide(self.training, tick))
         seconds = self.progress.wall_seconds + time.perf_counter() - started
-        self.progress = dataclasses.replace(self.progress, wall_seconds=seconds, flops=self._flops.total)
+        self.progress = dataclasses.replace(self.progress, wall_seconds=seconds, flops=self.training.flops.total)
 
     def finish(self) -> ArmResult:
         """Measure the test split and return the result."""
         finished = ArmFinished(
-            test_metric=self._metric_on(self.built.data.test),
-            decision_metric=self._metric_on(self.built.data.decision),
+            test_metric=self.training.metric_on(self.built.data.test),
+            decision_metric=self.training.metric_on(self.built.data.decision),
             parameters=self.model.num_parameters(),
-            train_flops=self._flops.total,
+            train_flops=self.training.flops.total,
             wall_seconds=self.progress.wall_seconds,
             rollbacks=self.governor.rollbacks,
             skipped_steps=self.governor.skipped_steps,
@@ -170,7 +177,7 @@ class ArmRun:
         saved: dict[str, Any] = user_data["progress"]
         injected = tuple(saved["injected"])
         self.progress = ArmProgress(wall_seconds=saved["wall_seconds"], flops=saved["flops"], injected=injected)
-        self._flops.total = self.progress.flops
+        self.training.flops.total = self.progress.flops
         return user_data["log_offset"]
 
     # -- training ---------------------------------------------------------------------------------------------------
@@ -178,11 +185,13 @@ class ArmRun:
     def _train_to_next_tick(self) -> None:
         """Train up to the next decision; a rewind takes the cursor back, and then the next decision is an earlier one."""
         target = self._next_tick()
+        self._losses = []
         while self.cursor.step < target:
             if self._train_step():
                 self.cursor.step += 1
             else:
                 target = self._next_tick()
+                self._losses = []
 
     def _next_tick(self) -> int:
         return min(self.total_steps, (self.cursor.step // self.task.tick_steps + 1) * self.task.tick_steps)
@@ -190,54 +199,17 @@ class ArmRun:
     def _train_step(self) -> bool:
         """Take one step; False if the governor rewound the run, and with it the cursor."""
         with self._faults_at_work() as faults:
-            inputs, targets = self._batch()
+            inputs, targets = self.training.batch(self.governor.rollbacks)
             labels = faults.labels(targets)
-            loss, logits = self._flops.run(("train", self._structure()), lambda: self._backward(inputs, labels))
-            norm, step = self._host_gradient_norm(), self.cursor.step
+            loss, logits = self.training.backward(inputs, labels, self.training.structure())
+            norm, step = self.training.host_gradient_norm(), self.cursor.step
             verdict = self.governor.observe(loss, grad_norm=norm, logits=logits, labels=labels, step=step)
+            self._quarantined += len(verdict.quarantined)
             if verdict.proceed:
-                self.built.optimizer.step()
-                self._scheduler.step()
-                self.newborn.step()
+                self.training.step()
                 self._last_loss = loss  # read once a tick: reading it here would wait for the device in every step
+                self._losses.append(loss)
         return verdict.rollback is None
-
-    def _backward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        self.built.optimizer.zero_grad()
-        outputs = self.model(inputs)
-        loss = self.task.loss(outputs, targets)
-        loss.backward()  # pyright: ignore[reportUnknownMemberType]
-        if self.model.needs_shadow:
-            with self.model.shadow():
-                self.task.loss(self.model(inputs), targets).backward()  # pyright: ignore[reportUnknownMemberType]
-        return loss.detach(), outputs.detach()
-
-    def _host_gradient_norm(self) -> Tensor:
-        """Return the norm of the host's gradients alone: seeds come and go, and an incubating one is not the host's fault."""
-        gradients = [parameter.grad for parameter in self.model.host.parameters() if parameter.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients)
-
-    def _batch(self) -> tuple[Tensor, Tensor]:
-        """Return the batch of the present step: shuffled anew each epoch, and after each rollback."""
-        train, size = self.built.data.train, self.task.batch_size
-        per_epoch = len(train) // size
-        epoch, place = divmod(self.cursor.step, per_epoch)
-        order = self._shuffled(epoch, self.governor.rollbacks)
-        chosen = order[place * size : (place + 1) * size]
-        return train.rows(chosen)
-
-    def _shuffled(self, epoch: int, rollbacks: int) -> Tensor:
-        """Return the order of the training samples in one epoch; the present one is kept."""
-        if self._order is None or self._order[0] != (epoch, rollbacks):
-            train = self.built.data.train
-            order = self.built.streams.numpy("data", epoch, rollbacks).permutation(len(train))
-            self._order = ((epoch, rollbacks), torch.from_numpy(order).to(train.inputs.device))
-        return self._order[1]
-
-    def _structure(self) -> Hashable:
-        """What the cost of a step depends on: which seeds are computed, and how."""
-        slots = (self.model.slot(name) for name in self.model.stages())
-        return tuple((slot.mix, slot.state.blueprint, slot.state.operator) for slot in slots)
 
     @contextlib.contextmanager
     def _faults_at_work(self) -> Generator[Injections]:
@@ -257,22 +229,6 @@ class ArmRun:
 
     # -- measuring and deciding -------------------------------------------------------------------------------------
 
-    def _measure(self) -> ContributionResult:
-        """Measure the decision split; contributions of seeds on trial are noted where gates and policy read them."""
-        on_trial = [name for name, stage in self.model.stages().items() if stage in (Stage.BLENDING, Stage.HOLDING)]
-        batches = _batches(self.built.data.decision)
-        measured = self._flops.run(
-            ("measure", self._structure()),
-            lambda: measure_contributions(self.model, batches, self.task.per_sample, on_trial),
-            share=len(on_trial) / (len(on_trial) + 1),  # the intact pass only watches
-        )
-        for name, contribution in measured.slots.items():
-            self.model.record_contribution(name, contribution.value, contribution.error)
-        return measured
-
-    def _metric_on(self, split: Split) -> float:
-        return measure_contributions(self.model, _batches(split), self.task.per_sample, ()).metric
-
     def _report(self, metric: float) -> None:
         event = TickMeasured(
             tick=self.tick,
@@ -286,18 +242,9 @@ class ArmRun:
         )
         self._emit(event)
 
-    def _decide(self, metric: float) -> None:
-        views = control.view_slots(self.model)
-        total_ticks = -(-self.total_steps // self.task.tick_steps)
-        observation = control.Observation(tick=self.tick, total_ticks=total_ticks, metric=metric, slots=views)
-        action = self._policy.act(observation, control.action_mask(views), self._policy_stream)
+    def _act(self, action: Action) -> None:
         if action.op is not Op.WAIT:
             blueprint = action.sowing.blueprint if action.sowing else None
             op = action.op.name.lower()
             self._emit(Decided(tick=self.tick, op=op, slot=action.slot, blueprint=blueprint, reason=action.reason))
         control.execute(self.model, action)
-
-
-def _batches(split: Split) -> Iterator[tuple[Tensor, Tensor]]:
-    for start in range(0, len(split), _EVALUATION_BATCH):
-        yield split.rows(slice(start, start + _EVALUATION_BATCH))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -12,6 +14,7 @@ from morphogen.growth.newborn import NewbornConfig
 from morphogen.recipes.job_config import JobConfig
 
 Arm = Literal["static", "reference", "grown"]
+_UNSAFE = re.compile(r"[^\w.-]+")
 ARMS: tuple[Arm, ...] = ("static", "reference", "grown")
 
 
@@ -21,7 +24,8 @@ class GrowConfig(JobConfig):
     Attributes:
         job: Always "grow"; a config without it is one of a grow job too.
         task: Name of a task.
-        policy: Name of the policy of the grown arm.
+        policy: Who decides in the grown arm: the name of a built-in policy or of a trained one that comes with morphogen, a
+            run directory of `morphogen train`, or a policy file.
         seed: Root seed of the first repeat; repeat i uses ``seed + i``.
         repeats: Runs of each arm. All arms of a repeat share data order and host initialisation.
         arms: What to train.
@@ -51,4 +55,4 @@ class GrowConfig(JobConfig):
     @property
     def run_name(self) -> str:
         """Return task and policy."""
-        return f"{self.task}-{self.policy}"
+        return f"{self.task}-{_UNSAFE.sub('-', Path(self.policy).stem)}"

@@ -16,15 +16,19 @@ import shutil
 from pathlib import Path
 
 from morphogen import control, tasks
+from morphogen.envs.episode import menu_of
+from morphogen.errors import CheckpointError
 from morphogen.governor.faults import Fault
 from morphogen.recipes.arm import ArmRun
 from morphogen.recipes.artefacts import write_network
 from morphogen.recipes.config import Arm, GrowConfig
 from morphogen.recipes.events import RunFinished, RunStarted
 from morphogen.recipes.interrupts import interrupts
+from morphogen.recipes.policy_file import FILE_NAME, find, load_policy
 from morphogen.recipes.results import ArmResult, Interval, Row, paired_difference, sentence, table
-from morphogen.recipes.run_directory import RunDirectory
+from morphogen.recipes.run_directory import RunDirectory, write_bytes
 from morphogen.recipes.versions import versions
+from morphogen.tasks import Task
 from morphogen.telemetry.bus import EventBus
 from morphogen.telemetry.events import Event, Json, Sink, to_json
 from morphogen.telemetry.jsonl import JsonlSink
@@ -75,7 +79,9 @@ def grow(config: GrowConfig, out: Path | None = None, *, sinks: tuple[Sink, ...]
         MorphogenError: The directory cannot be used.
     """
     check(config)
-    return _Job(config, RunDirectory.create(out, config), sinks).run()
+    directory = RunDirectory.create(out, config)
+    keep_policy(config.policy, directory)
+    return _Job(config, directory, sinks).run()
 
 
 def resume(path: Path, *, sinks: tuple[Sink, ...] = ()) -> GrowResult:
@@ -85,7 +91,7 @@ def resume(path: Path, *, sinks: tuple[Sink, ...] = ()) -> GrowResult:
         MorphogenError: There is no run at ``path``, or its files are damaged.
     """
     directory, config = RunDirectory.open(path, GrowConfig)
-    check(config)
+    check(config, keep_policy(config.policy, directory))
     return _Job(config, directory, sinks).run()
 
 
@@ -94,17 +100,21 @@ def num_finished_arms(path: Path) -> int:
     return len(RunDirectory(path).read_summary().get("results", []))
 
 
-def check(config: GrowConfig) -> None:
+def check(config: GrowConfig, copied: Path | None = None) -> None:
     """Check names, devices and data before anything is built or written.
+
+    Args:
+        config: What is to run.
+        copied: The run's own copy of the trained policy, if it has one.
 
     Raises:
         ValueError: A task, policy, device or fault does not exist.
         DataError: The task's data is not here; the message says how to get it.
     """
     task = tasks.get(config.task)
+    _check_policy(config.policy if copied is None else str(copied), task)
     if task.source is not None:
         task.source.require()
-    control.make(config.policy, task.blueprints)
     tasks.resolve_device(config.device)
     for fault in map(Fault.parse, config.inject):
         if "grown" not in config.arms or fault.step >= (config.total_steps or task.total_steps):
@@ -112,6 +122,30 @@ def check(config: GrowConfig) -> None:
                 f"`inject` must name a step of the grown arm, got {fault.kind}@{fault.step} for "
                 f"{config.total_steps or task.total_steps} steps of {', '.join(config.arms)}. It would have no effect."
             )
+
+
+def keep_policy(policy: str, directory: RunDirectory) -> Path | None:
+    """Copy a trained policy into the run directory, unless it is there: what is resumed is what was begun.
+
+    Returns the copy; None for a built-in policy.
+    """
+    if policy in control.names():
+        return None
+    copied = directory.path / FILE_NAME
+    if not copied.is_file():
+        write_bytes(copied, find(policy).read_bytes())
+    return copied
+
+
+def _check_policy(policy: str, task: Task) -> None:
+    """Check that ``policy`` is a built-in or a trained one that can decide about ``task``."""
+    if policy in control.names():
+        return
+    learned = load_policy(find(policy, also=control.names())).on(task.name)
+    try:
+        menu_of(task, learned.origin.env)
+    except ValueError as error:
+        raise CheckpointError(f"{policy}: cannot decide about {task.name}: {error}") from error
 
 
 class _Job:
@@ -125,6 +159,8 @@ class _Job:
         self._log_offset: int = summary.get("log_offset", 0)
         self._announced_end: bool = summary.get("finished", False)
         self._stop = False
+        copied = keep_policy(config.policy, directory)
+        self._learned = None if copied is None else load_policy(copied)
         self._arm: ArmRun | None = None
         self._reopened = self._reopen()
         self._log = JsonlSink(directory.events, resume_at=self._log_offset)
@@ -163,7 +199,7 @@ class _Job:
         return [pair for pair in pairs if pair not in done]
 
     def _started(self, arm: Arm, repeat: int) -> ArmRun:
-        self._arm = run = ArmRun(self._config, arm, repeat, self._emit)
+        self._arm = run = ArmRun(self._config, arm, repeat, self._emit, learned=self._learned)
         run.start()
         return run
 
@@ -200,7 +236,7 @@ class _Job:
             return None
         if (pointer["repeat"], pointer["arm"]) != remaining[0]:
             return None  # the arm was finished after its last checkpoint
-        run = ArmRun(self._config, pointer["arm"], pointer["repeat"], self._emit)
+        run = ArmRun(self._config, pointer["arm"], pointer["repeat"], self._emit, learned=self._learned)
         self._log_offset = run.load(self._directory.checkpoints / pointer["checkpoint"])
         return run
 

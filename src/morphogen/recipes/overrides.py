@@ -61,6 +61,19 @@ def with_settings(config: _Kind, settings: Mapping[str, object]) -> _Kind:
     return type(config)(**values)
 
 
+def with_flags(config: _Kind, flags: Mapping[str, object], settings: Mapping[str, object]) -> _Kind:
+    """Return ``config`` with ``settings`` changed, and what has a flag of its own; flags of None were not given.
+
+    Raises:
+        ValueError: A setting came by its flag as well, its name is unknown, or a value wrong.
+    """
+    given = {name: value for name, value in flags.items() if value is not None}
+    for name in given:
+        if name in settings:
+            raise ValueError(f"`{name}` must be given once, got it by --set and by a flag of its own. Leave one out.")
+    return with_settings(config, {**given, **settings})
+
+
 def _check_name(config: type[Config], name: str) -> None:
     """Raise ValueError unless ``name`` leads to a setting of ``config``."""
     kind: type[Config] | None = config

@@ -95,8 +95,10 @@ class _DrawFrom(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **kwargs)
         given = any(isinstance(value, torch.Generator) for value in (*args, kwargs.get("generator")))
-        if given or torch.Tag.nondeterministic_seeded not in func.tags or _without_dropout(func, args, kwargs):
+        if given or _without_dropout(func, args, kwargs):
             return func(*args, **kwargs)
         overload = _with_generator(func)
         if overload is None:

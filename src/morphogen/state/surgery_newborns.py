@@ -69,6 +69,16 @@ def follow_initial_rate(optimizer: Optimizer, owner: str, factor: float) -> None
         _set_rate(group, group["initial_lr"] * factor)
 
 
+def follow_initial_rates(optimizer: Optimizer, factor: float) -> None:
+    """Set the rate of every group to ``factor`` times the one it started from, its ``"initial_lr"``."""
+    for group in optimizer.param_groups:
+        rate = group["initial_lr"] * factor
+        if isinstance(group["lr"], Tensor):
+            _set_rate(group, rate)
+        else:
+            group["lr"] = rate
+
+
 def start_at_step_of(optimizer: Optimizer, parameters: Iterable[Parameter], like: Iterable[Parameter]) -> int:
     """Give ``parameters`` zero moments and the step count of the first of ``like`` that has one.
 

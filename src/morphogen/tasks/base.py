@@ -73,6 +73,7 @@ class Task:
         *,
         seed: int = 0,
         full_size: bool = False,
+        fused: bool | None = None,
         config: GrowthConfig | None = None,
         emit: Emit = discard,
     ) -> BuiltTask:
@@ -83,6 +84,7 @@ class Task:
             slots: Which growth points to use, in this order; by default all.
             seed: Root of the run's random streams; host and data order depend on it, the splits do not.
             full_size: Build the reference's growth in from the start, fossilised.
+            fused: As in ``torch.optim.AdamW``: faster, and otherwise rounded.
             config: Knobs of growth.
             emit: Receives the model's events.
 
@@ -107,7 +109,7 @@ class Task:
             fossils = {name: self.reference[name] for name in chosen if name in self.reference}
             model.plan_topology(with_fossils(model.topology(), fossils)).commit()
         groups = [{"params": [p for _, p in owned], "owner": owner} for owner, owned in model.owners().items()]
-        optimizer = torch.optim.AdamW(groups, self.learning_rate, weight_decay=self.weight_decay)
+        optimizer = torch.optim.AdamW(groups, self.learning_rate, weight_decay=self.weight_decay, fused=fused)
         return BuiltTask(self, data, model, optimizer, streams)
 
     def _chosen(self, slots: Sequence[str] | None) -> list[str]:

@@ -79,7 +79,10 @@ class Split:
         Args:
             chosen: Row numbers, int64, on the split's device, or a slice.
         """
-        inputs, targets = self.inputs[chosen], self.targets[chosen]
+        if isinstance(chosen, slice):
+            inputs, targets = self.inputs[chosen], self.targets[chosen]
+        else:  # a quarter of the time of indexing
+            inputs, targets = self.inputs.index_select(0, chosen), self.targets.index_select(0, chosen)
         return (inputs if inputs.is_floating_point() else inputs.long()), targets.long()
 
     def part(self, rows: slice) -> Split:

@@ -107,9 +107,7 @@ class PPOConsoleSink:
     ) -> None:
         """Start the display."""
         self._line = _MovingLine(console, clock)
-        self._clock = clock
-        self._total_steps = total_steps
-        self._first: tuple[float, int] | None = None
+        self._pace = _Pace(total_steps, clock)
 
     def write(self, record: Mapping[str, Json]) -> None:
         """Show ``record`` if it is one of the kinds a person waits for."""
@@ -117,37 +115,135 @@ class PPOConsoleSink:
         kind = fields["event"]
         if kind == "Updated":
             self._show(fields)
-            if fields["skipped_minibatches"]:
-                self._line.say(f"step {fields['step']:,}: {fields['skipped_minibatches']} minibatches were not finite, skipped")
         elif kind == "Evaluated":
             spread = f"{_number(fields['mean_return'])} ± {_number(fields['std_return'])}"
             self._line.say(f"step {fields['step']:,}: return {spread} over {fields['episodes']} evaluation episodes")
-        elif kind == "EpisodesRestarted":
-            self._line.say(f"step {fields['step']:,}: episodes under way were begun anew: {fields['reason']}")
+        _say_trouble(self._line, fields, "step")
 
     def close(self) -> None:
         """Take the moving line away."""
         self._line.close()
 
     def _show(self, fields: dict[str, Any]) -> None:
-        step, total = fields["step"], self._total_steps
         state = (
-            f"return {_number(fields['mean_return'])}  length {_number(fields['mean_length'])}  KL {_number(fields['kl'])}  "
-            f"EV {_number(fields['explained_variance'])}  {fields['steps_per_second']:,.0f} steps/s  "
-            f"ETA {_clock_text(self._remaining(step, fields['steps_per_second']))}"
+            f"return {_number(fields['mean_return'])}  length {_number(fields['mean_length'])}  {_learning(fields)}  "
+            f"{fields['steps_per_second']:,.0f} steps/s"
         )
-        title = f"step {step:,}/{total:,}"
-        self._line.show(title, min(step / total, 1.0), state, plain=f"{title}  {state}")
+        self._line.go_on("step", self._pace, fields, state)
 
-    def _remaining(self, step: int, speed: float) -> float | None:
+
+@final
+class TrainConsoleSink:
+    """Shows how far a train job is: what the networks came to, KL, explained variance, speed, time left.
+
+    Lines are redrawn or printed as by :class:`ConsoleSink`.
+
+    Args:
+        total_steps: Decisions of the job.
+        metric: What the metric is called.
+        console: Where to write; standard error by default.
+        clock: Seconds from any origin.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        *,
+        metric: str = "accuracy",
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Start the display."""
+        self._line = _MovingLine(console, clock)
+        self._pace = _Pace(total_steps, clock)
+        self._metric = metric
+        self._networks = "no network done yet"
+
+    def write(self, record: Mapping[str, Json]) -> None:
+        """Show ``record`` if it is one of the kinds a person waits for."""
+        fields = cast("dict[str, Any]", record)
+        if fields["event"] == "EpisodesAveraged":
+            value = fields["metric"]
+            metric = metric_text(None if isinstance(value, str) else value, self._metric)
+            self._networks = f"{metric}  {fields['parameters']:,.0f} par  {fields['rollbacks']} faults"
+        elif fields["event"] == "Updated":
+            state = (
+                f"return {_number(fields['mean_return'])}  {self._networks}  {_learning(fields)}  "
+                f"{fields['steps_per_second']:.3g} decisions/s"
+            )
+            self._line.go_on("decision", self._pace, fields, state)
+        _say_trouble(self._line, fields, "decision")
+
+    def close(self) -> None:
+        """Take the moving line away."""
+        self._line.close()
+
+
+class _Pace:
+    """How long the rest of a job takes."""
+
+    def __init__(self, total_steps: int, clock: Callable[[], float]) -> None:
+        self.total_steps = total_steps
+        self._clock = clock
+        self._first: tuple[float, int] | None = None
+
+    def remaining(self, step: int, speed: float) -> float | None:
         """Seconds left at the pace since the first update of this sitting; at the pace within it while there is no other."""
         now = self._clock()
-        left = max(self._total_steps - step, 0)
+        left = max(self.total_steps - step, 0)
         if self._first is None:
             self._first = (now, step)
             return left / speed if speed > 0 else None
         started, first = self._first
         return (now - started) * left / (step - first)
+
+
+@final
+class EvaluationConsoleSink:
+    """Shows how far an evaluation is: who has played what last, time left.
+
+    Lines are redrawn or printed as by :class:`ConsoleSink`.
+
+    Args:
+        num_episodes: Of all players together.
+        episodes_done: Those of earlier sittings.
+        metric: What the metric is called.
+        console: Where to write; standard error by default.
+        clock: Seconds from any origin.
+    """
+
+    def __init__(
+        self,
+        num_episodes: int,
+        *,
+        episodes_done: int = 0,
+        metric: str = "accuracy",
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Start the display."""
+        self._line = _MovingLine(console, clock)
+        self._clock = clock
+        self._metric = metric
+        self._started = clock()
+        self._num_episodes, self._done, self._at_start = num_episodes, episodes_done, episodes_done
+
+    def write(self, record: Mapping[str, Json]) -> None:
+        """Show ``record`` if it is an episode."""
+        fields = cast("dict[str, Any]", record)
+        if fields["event"] != "EpisodePlayed":
+            return
+        self._done += 1
+        here = self._done - self._at_start
+        left = (self._clock() - self._started) * (self._num_episodes - self._done) / here
+        metric = metric_text(fields["test_metric"], self._metric)
+        title = f"episode {self._done}/{self._num_episodes}"
+        state = f"{fields['player']}: test {metric}, return {_number(fields['total_return'])}  ETA {_clock_text(left)}"
+        self._line.show(title, self._done / self._num_episodes, state, plain=f"{title}  {state}")
+
+    def close(self) -> None:
+        """Take the moving line away."""
+        self._line.close()
 
 
 class _MovingLine:
@@ -176,6 +272,13 @@ class _MovingLine:
             self._printed = self._clock()
             self.say(plain)
 
+    def go_on(self, unit: str, pace: _Pace, fields: dict[str, Any], state: str) -> None:
+        """Show an update, and how long the rest takes."""
+        step, total = fields["step"], pace.total_steps
+        state = f"{state}  ETA {_clock_text(pace.remaining(step, fields['steps_per_second']))}"
+        title = f"{unit} {step:,}/{total:,}"
+        self.show(title, min(step / total, 1.0), state, plain=f"{title}  {state}")
+
     def say(self, text: str) -> None:
         """Print a line that stays."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -187,6 +290,18 @@ class _MovingLine:
 
 def _arm(fields: dict[str, Any]) -> str:
     return f"{fields['arm']} #{fields['repeat']}"
+
+
+def _learning(fields: dict[str, Any]) -> str:
+    return f"KL {_number(fields['kl'])}  EV {_number(fields['explained_variance'])}"
+
+
+def _say_trouble(line: _MovingLine, fields: dict[str, Any], unit: str) -> None:
+    """Say what a person who trains an agent should not miss."""
+    if fields["event"] == "Updated" and fields["skipped_minibatches"]:
+        line.say(f"{unit} {fields['step']:,}: {fields['skipped_minibatches']} minibatches were not finite, skipped")
+    elif fields["event"] == "EpisodesRestarted":
+        line.say(f"{unit} {fields['step']:,}: episodes under way were begun anew: {fields['reason']}")
 
 
 def _number(value: float | str) -> str:

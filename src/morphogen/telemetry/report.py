@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from morphogen.telemetry import markup, report_charts as charts, report_page as pages
+from morphogen.telemetry.evaluation_report import evaluation_page
 from morphogen.telemetry.jsonl import (
     ArmRecords,
     ReadResult,
@@ -42,6 +43,7 @@ from morphogen.telemetry.jsonl import (
 )
 from morphogen.telemetry.metrics import interval_text, metric_text
 from morphogen.telemetry.ppo_report import ppo_page
+from morphogen.telemetry.train_report import train_page
 
 _LOSSES_BEFORE, _LOSSES_AFTER = 12, 6
 _NUMBER = re.compile(r"[-+]?\d[\d.,]*(?:e[-+]?\d+)?%?")
@@ -49,6 +51,9 @@ _SHOWN = {
     "RunStarted", "ArmStarted", "TickMeasured", "Decided", "StageChanged", "GateRefused", "StepSkipped", "Rollback",
     "FaultInjected", "ArmFinished", "RunFinished",
 }  # fmt: skip
+
+_PAGES = {"PPOStarted": ppo_page, "TrainStarted": train_page, "EvaluationStarted": evaluation_page}
+"""Which page, by the event a job begins with; else that of a grow job."""
 
 
 def write_report(run_directory: str | os.PathLike[str]) -> Path:
@@ -68,15 +73,17 @@ def write_report(run_directory: str | os.PathLike[str]) -> Path:
     written = datetime.datetime.fromtimestamp(log.stat().st_mtime, datetime.UTC)
     records, name = read_records(log), f"{directory.resolve().name}, log last written {written:%Y-%m-%d %H:%M:%S} UTC"
     config, summary = _text_of(directory / "config.yaml"), _text_of(directory / "summary.json")
-    if last_of(records.records, "PPOStarted") is not None:
-        page = ppo_page(records, name=name, config=config, summary=summary)
-    else:
-        page = pages.page(view_of(records, name=name, config=config, summary=summary))
+    page_of = next((page for kind, page in _PAGES.items() if last_of(records.records, kind) is not None), _grow_page)
+    page = page_of(records, name=name, config=config, summary=summary)
     path = directory / "report.html"
     draft = directory / ".report.html.draft"
     draft.write_bytes(page.encode("utf-8", "replace"))
     os.replace(draft, path)
     return path
+
+
+def _grow_page(log: ReadResult, *, name: str, config: str, summary: str) -> str:
+    return pages.page(view_of(log, name=name, config=config, summary=summary))
 
 
 def _text_of(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""TensorBoard files: what a job measured, over one step axis: the optimizer steps of a grow job, the environment's of PPO.
+"""TensorBoard files: what a job measured, over its steps: of the optimizer in a grow job, else of the environments.
 
 Source: ``torch.utils.tensorboard``. Importing this module is slow; only recipes do.
 """
@@ -20,17 +20,17 @@ _NO_SCALARS = ("event", "step", "seconds")
 _FLUSH_SECONDS = 10
 
 _Lane: TypeAlias = str
-_PPO_LANES: dict[Json, _Lane] = {"Updated": "training", "Evaluated": "evaluation"}
+_AGENT_LANES: dict[Json, _Lane] = {"Updated": "training", "Evaluated": "evaluation", "EpisodesAveraged": "episodes"}
 
 
 @final
 class TensorBoardSink:
-    """Writes the scalars of ``TickMeasured``, ``Updated`` and ``Evaluated`` records; other kinds pass by.
+    """Writes the scalars of ``TickMeasured``, ``Updated``, ``Evaluated`` and ``EpisodesAveraged`` records; others pass by.
 
     In a grow job each (arm, repeat) is a TensorBoard run of its own, ``<directory>/<arm>/repeat-<n>``, with the tags
-    ``train_loss``, ``metric``, ``parameters``, ``learning_rate`` and ``alpha/<slot>``. In a PPO job ``training`` and
-    ``evaluation`` are, with the fields of their records as tags. A run is made when its first record comes. Steps that are
-    trained again, after a rollback or in a resumed run, replace the earlier values.
+    ``train_loss``, ``metric``, ``parameters``, ``learning_rate`` and ``alpha/<slot>``. Where an agent is trained, ``training``,
+    ``evaluation`` and ``episodes`` are, with the fields of their records as tags. A run is made when its first record comes.
+    Steps that are trained again, after a rollback or in a resumed run, replace the earlier values.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
@@ -78,8 +78,8 @@ def _purge(writer: SummaryWriter, step: int) -> None:
 def _place_of(record: Mapping[str, Json]) -> tuple[_Lane, int] | None:
     """Return the run and the step that ``record`` belongs to, or None if it is not one of scalars."""
     kind, step = record.get("event"), record.get("step")
-    if kind in _PPO_LANES and isinstance(step, int):
-        return _PPO_LANES[kind], step
+    if kind in _AGENT_LANES and isinstance(step, int):
+        return _AGENT_LANES[kind], step
     if kind != "TickMeasured":
         return None
     arm, repeat, step = record.get("arm"), record.get("repeat"), record.get("train_step")
@@ -94,12 +94,18 @@ def _place_of(record: Mapping[str, Json]) -> tuple[_Lane, int] | None:
 def _scalars(record: Mapping[str, Json]) -> Iterator[tuple[str, float]]:
     """The measured values of ``record`` by tag; what was not measured is left out."""
     if record.get("event") == "TickMeasured":
-        alphas = record.get("alphas")
-        tagged = {name: record.get(name) for name in _SCALARS}
-        if isinstance(alphas, dict):
-            tagged.update({f"alpha/{slot}": alpha for slot, alpha in alphas.items()})
+        tagged = {name: record.get(name) for name in _SCALARS} | {"alpha": record.get("alphas")}
     else:
         tagged = {name: value for name, value in record.items() if name not in _NO_SCALARS}
-    for tag, value in tagged.items():
+    for tag, value in _flat(tagged):
         if value is not None:
             yield tag, float(value) if isinstance(value, int | float | str) else float("nan")
+
+
+def _flat(tagged: Mapping[str, Json]) -> Iterator[tuple[str, Json]]:
+    """The values by tag, those of a mapping below its name."""
+    for name, value in tagged.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}/{key}", inner) for key, inner in value.items())
+        else:
+            yield name, value

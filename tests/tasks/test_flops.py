@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from morphogen.recipes.flops import FlopMeter
+from morphogen.tasks.flops import FlopMeter
 
 
 def test_a_matrix_product_costs_two_per_multiply_add() -> None:
