@@ -14,7 +14,7 @@ pytest := OMP_NUM_THREADS=1 $(python) -m pytest
 .PHONY: help demo test test-all test-gpu gates lint format-check types layers tail format bench clean
 
 help:
-	@echo 'make demo      grow a network on MNIST-1D, five times, and print how it compares (a new folder below runs/)'
+	@echo 'make demo      train a policy that decides about growth for two minutes, compare it, grow one network with it'
 	@echo 'make test      the tests but the slow ones'
 	@echo 'make test-all  the slow ones as well'
 	@echo 'make test-gpu  the ones that need a CUDA device'
@@ -23,8 +23,11 @@ help:
 	@echo 'make bench     the benchmarks, one after the other'
 	@echo 'make clean     remove .venv and the caches; runs/ is kept'
 
+demo: out := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 demo: $(runtime)
-	$(bin)/morphogen grow --task mnist1d --policy heuristic --repeats 5
+	$(bin)/morphogen train --task digits --executor processes --steps 2304 --out $(out)/train
+	$(bin)/morphogen evaluate $(out)/train --executor processes --episodes 6 --out $(out)/evaluation
+	$(bin)/morphogen grow --task digits --policy $(out)/train --repeats 1 --out $(out)/network
 
 test: $(develop)
 	$(pytest) -n 2 -m 'not slow and not gpu'
