@@ -39,7 +39,7 @@ def test_it_prints_the_table_and_the_outcome(small_policy: Path, tmp_path: Path,
     ("words", "said"),
     [
         ((), "`RUN` must be given"),
-        (("nowhere",), "`policy` must be a run directory, a policy file"),
+        (("nowhere",), "`policy` must be a run directory or a policy file"),
         (("{policy}", "--against", "wait,heurstic"), "Did you mean 'heuristic'?"),
         (("{policy}", "--against", ""), "`--against` must be names with commas between them"),
         (("{policy}", "--episodes", "1"), "`episodes` must be greater than or equal to 2"),

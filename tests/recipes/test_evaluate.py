@@ -185,7 +185,7 @@ def test_a_sampled_policy_plays_otherwise_and_reproducibly(
         ({"against": ("wait", "wait")}, "`against` must name each policy once"),
         ({"episodes": 1}, "`episodes` must be greater than or equal to 2"),
         ({"task": "mnist1"}, "Did you mean 'mnist1d'"),
-        ({"policy": "nowhere"}, "`policy` must be a run directory, a policy file"),
+        ({"policy": "nowhere"}, "`policy` must be a run directory or a policy file"),
         ({"num_workers": 2}, "`num_workers` must be left out"),
         ({"device": "cuda:99"}, "device"),
     ],

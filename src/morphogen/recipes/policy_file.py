@@ -125,7 +125,7 @@ def find(name: str, *, also: Sequence[str] = ()) -> Path:
     near = difflib.get_close_matches(name, offered, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     choice = f" or one of {', '.join(offered)}" if offered else ""
-    raise ValueError(f"`policy` must be a run directory, a policy file{choice}, got {name!r}.{hint}")
+    raise ValueError(f"`policy` must be a run directory or a policy file{choice}, got {name!r}.{hint}")
 
 
 def shipped() -> dict[str, Path]:
