@@ -34,14 +34,23 @@ def generator() -> torch.Generator:
 @pytest.fixture(scope="session")
 def small_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A policy file: a recurrent policy for digits in four ticks, hardly trained, that waits only where it has to."""
-    env = GrowthVectorEnv("digits", 2, total_steps=8, tick_steps=2)
+    return _write_policy(tmp_path_factory.mktemp("policy") / "small.safetensors")
+
+
+@pytest.fixture(scope="session")
+def narrow_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A policy file for fewer blueprints than some tasks have."""
+    return _write_policy(tmp_path_factory.mktemp("policy") / "narrow.safetensors", num_blueprints=4)
+
+
+def _write_policy(file: Path, **layout: int) -> Path:
+    env = GrowthVectorEnv("digits", 2, total_steps=8, tick_steps=2, **layout)
     network = PolicyConfig(hidden=(8,), memory="lstm", memory_width=8, action_gain=4.0)
     settings = {"rollout_steps": 4, "epochs": 1, "normalize_observations": True, "gamma": env.config.reward.gamma}
     agent = PPO(env, PPOConfig(policy=network, action=action_config(), **settings))
     agent.learn(8)
     with torch.no_grad():
         agent.policy.actor.bias[0] = -100.0  # WAIT
-    file = tmp_path_factory.mktemp("policy") / "small.safetensors"
     save_policy(agent, env, file, {"command": "morphogen train --task digits", "steps": agent.num_steps})
     agent.close()
     return file

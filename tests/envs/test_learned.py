@@ -97,8 +97,8 @@ def test_another_number_of_rows_is_refused(policy, masks) -> None:
 
 
 def test_another_layout_is_refused_with_what_to_do(policy) -> None:
-    env = GrowthVectorEnv("digits", 1, num_slots=5)
-    with pytest.raises(CheckpointError, match="num_slots=4 and num_blueprints=4, got 5 and 4. Give the environment as many"):
+    env = GrowthVectorEnv("digits", 1, num_slots=6)
+    with pytest.raises(CheckpointError, match="num_slots=5 and num_blueprints=5, got 6 and 5. Give the environment as many"):
         policy.fit(env.menu, "mine")
     policy.fit(GrowthVectorEnv("digits", 1).menu)
 

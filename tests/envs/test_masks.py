@@ -186,7 +186,7 @@ def test_choices_that_do_not_matter_may_be_anything() -> None:
 
 def test_blueprints_a_task_does_not_have_cannot_be_sown() -> None:
     env = GrowthVectorEnv("digits", num_blueprints=6)
-    frames = Frames.empty(1, 4)
+    frames = Frames.empty(1, 5)
     frames.slot("stage")[:, 0] = Stage.DORMANT
     rows = np.array([[int(Op.GERMINATE), 0, place, 0, 0, 0, 0, 0] for place in range(6)])
     assert which_possible(rows, action_masks(frames, env.menu))[0].tolist() == [True] * 4 + [False] * 2

@@ -14,7 +14,7 @@ from hypothesis.extra.numpy import arrays
 from morphogen import tasks
 from morphogen.control import Op
 from morphogen.envs import GrowthEnvConfig, GrowthVectorEnv
-from morphogen.envs.choices import Layout
+from morphogen.envs.choices import STYLES, TEMPOS_TICKS, Layout
 from morphogen.envs.episode import menu_of
 from morphogen.envs.features import RUN_GROUPS, SLOT_GROUPS
 from morphogen.envs.frames import RUN_NUMBERS, SLOT_NUMBERS, Frames
@@ -96,6 +96,20 @@ def test_no_number_sits_at_its_bound_that_should_not(played: Played) -> None:
     for name in ("loss", "metric", "compute", "size", "all_seeds", "slot 0: rent", "slot 0: contribution"):
         column = observations[:, PLACE[name]]
         assert np.abs(column).max() < 1.0 and np.ptp(column) > 0.05, name
+
+
+@pytest.mark.parametrize(("style", "tempo"), [(0, 0), (1, 2)])
+def test_how_a_seed_will_blend_in_is_seen_before_it_does(style: int, tempo: int) -> None:
+    env = GrowthVectorEnv("digits", 1, total_steps=2, tick_steps=1)
+    env.reset(seed=0)
+    observation, *_ = env.step(np.array([[int(Op.GERMINATE), 0, 1, style, tempo, 2, 0, 0]]))
+    env.close()
+    place = {name: place for place, name in enumerate(feature_names(env.menu.layout))}
+    curve = STYLES[style][1]
+    assert observation[0, place["slot 0: tempo"]] == pytest.approx(TEMPOS_TICKS[tempo] / 8.0)
+    assert {name: observation[0, place[f"slot 0: curve {name}"]] for name in ("linear", "cosine", "sigmoid")} == {
+        name: float(name == curve) for name in ("linear", "cosine", "sigmoid")
+    }
 
 
 def test_a_batch_is_its_rows(played: Played) -> None:

@@ -86,12 +86,12 @@ def test_chance_hangs_on_the_seed_of_the_environment_alone() -> None:
     assert (together[:, 0] != together[:, 1]).any()
 
 
-@pytest.mark.parametrize("sample", [False, True])
-def test_a_trained_policy_plays_the_same_whoever_plays_beside(small_policy: Path, sample: bool) -> None:
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_trained_policy_plays_the_same_whoever_plays_beside(small_policy: Path, deterministic: bool) -> None:
     policy = load_policy(small_policy)
 
     def chosen(*seeds: int) -> np.ndarray:
-        return played(lambda env: LearnedPlayer(policy, sample=sample), seeds, ticks=6)[0]
+        return played(lambda env: LearnedPlayer(policy, deterministic=deterministic), seeds, ticks=6)[0]
 
     together, alone = chosen(7, 8, 9), chosen(9)
     np.testing.assert_array_equal(together[:, 2], alone[:, 0])

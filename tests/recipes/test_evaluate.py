@@ -164,10 +164,10 @@ def test_a_policy_is_carried_over_to_another_task(small_policy: Path, tmp_path: 
     assert {each.ticks for each in result.played} == {2}
 
 
-def test_a_sampled_policy_plays_otherwise_and_reproducibly(
+def test_a_policy_draws_its_choices_unless_told_otherwise(
     finished: EvaluateResult, small_policy: Path, tmp_path: Path
 ) -> None:
-    config = config_of(small_policy, sample=True, against=("wait",))
+    config = config_of(small_policy, deterministic=True, against=("wait",))
     results = [evaluate(config, tmp_path / name) for name in "ab"]
     assert results[0].played == results[1].played
 
@@ -198,9 +198,9 @@ def test_bad_input_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_task_with_more_blueprints_than_the_policy_knows_is_refused(small_policy: Path, tmp_path: Path) -> None:
+def test_a_task_with_more_blueprints_than_the_policy_knows_is_refused(narrow_policy: Path, tmp_path: Path) -> None:
     with pytest.raises(MorphogenError, match="cannot decide about text: `layout.num_blueprints` must be at least 5"):
-        evaluate(config_of(small_policy, task="text"), tmp_path / "run")
+        evaluate(config_of(narrow_policy, task="text"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

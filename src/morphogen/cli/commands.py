@@ -86,8 +86,8 @@ class Evaluate:
     """Episodes of each player."""
     seed: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 0)")] = None
     """Which held-out seeds."""
-    sample: Annotated[bool, arg(help_behavior_hint=""), tyro.conf.FlagCreatePairsOff] = False
-    """Let the policy draw its choices instead of taking the most probable ones."""
+    deterministic: Annotated[bool, arg(help_behavior_hint=""), tyro.conf.FlagCreatePairsOff] = False
+    """Let the policy take its most probable choices instead of drawing them."""
     envs: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 8)")] = None
     """Episodes played at the same time."""
     executor: Annotated[str | None, arg(metavar="KIND", help_behavior_hint="(default: inline)")] = None

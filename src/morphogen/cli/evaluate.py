@@ -41,7 +41,7 @@ def _config(command: Evaluate) -> EvaluateConfig:
         "task": command.task,
         "episodes": command.episodes,
         "seed": command.seed,
-        "sample": command.sample or None,
+        "deterministic": command.deterministic or None,
         "num_envs": command.envs,
         "executor": command.executor,
         "total_steps": command.steps,

@@ -50,14 +50,14 @@ class Layout:
         num_blueprints: Places for blueprints, >= 1.
     """
 
-    num_slots: int = 4
-    num_blueprints: int = 4
+    num_slots: int = 5
+    num_blueprints: int = 5
 
     def __post_init__(self) -> None:
         """Check both."""
         for name, value in dataclasses.asdict(self).items():
             if value < 1:
-                raise ValueError(f"`{name}` must be >= 1, got {value}. The default is 4.")
+                raise ValueError(f"`{name}` must be >= 1, got {value}. The default is 5.")
 
     @property
     def sizes(self) -> tuple[int, ...]:

@@ -49,8 +49,8 @@ class GrowthEnvConfig(Config):
     """
 
     slots: tuple[str, ...] | None = Field(default=None, min_length=1)
-    num_slots: int = Field(default=4, ge=1)
-    num_blueprints: int = Field(default=4, ge=1)
+    num_slots: int = Field(default=5, ge=1)
+    num_blueprints: int = Field(default=5, ge=1)
     total_steps: int | None = Field(default=None, ge=1)
     tick_steps: int | None = Field(default=None, ge=1)
     reward: RewardConfig = RewardConfig()

@@ -19,6 +19,7 @@ from morphogen.envs.rewards import Ledger
 from morphogen.growth import Stage
 from morphogen.growth.gates import Check
 from morphogen.growth.lifecycle import ACTING, OPERATORS
+from morphogen.growth.ramps import CURVES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,6 +297,14 @@ _SEED = Group(
     (
         Feature("blueprint", "of the seed", lambda v: _one_hot(v.slot("blueprint"), v.layout.num_blueprints), 0.0, _blueprints),
         Feature("operator", "how it acts", lambda v: _one_hot(v.slot("operator"), len(OPERATORS)), 0.0, _each_of(OPERATORS)),
+        Feature("tempo", "length of its first ramp in ticks / 8", lambda v: v.slot("blend_ticks") / 8.0, 0.0),
+        Feature(
+            "curve",
+            "shape of its first ramp and of its fading",
+            lambda v: _one_hot(v.slot("curve"), len(CURVES)),
+            0.0,
+            _each_of(CURVES),
+        ),
     ),
 )
 _CONTRIBUTION = Group(

@@ -55,6 +55,8 @@ SLOT_NUMBERS = (
     "parameters",
     "blueprint",  # place in the menu; NaN without a seed
     "operator",  # place in ``OPERATORS``; NaN without a seed
+    "blend_ticks",  # length of its first ramp
+    "curve",  # place in ``CURVES``: shape of its first ramp and of its fading
     "metric_at_birth",  # when the seed was germinated
     "germinations",  # seeds the slot has had
     "tried",  # blueprints pruned here, as a sum of 2 ** place in the menu

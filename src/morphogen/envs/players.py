@@ -97,18 +97,18 @@ class LearnedPlayer:
     Args:
         policy: Not changed; its memory is not touched.
         name: What to call it.
-        sample: Draw choices by their probability, from the environment's seed, instead of taking the most probable ones.
+        deterministic: Take the most probable choices instead of drawing them, as in training, from the environment's seed.
     """
 
-    def __init__(self, policy: LearnedPolicy, name: str = "learned", *, sample: bool = False) -> None:
+    def __init__(self, policy: LearnedPolicy, name: str = "learned", *, deterministic: bool = False) -> None:
         """Play nothing yet."""
         self.name = name
-        self._policy, self._sample = policy, sample
+        self._policy, self._deterministic = policy, deterministic
         self._rows: list[tuple[LearnedPolicy, torch.Generator | None]] = []
 
     def begin(self, seeds: Sequence[int]) -> None:
         """Forget everything, and start the chance of each environment."""
-        streams = [RandomStreams(seed).torch("player", "learned") if self._sample else None for seed in seeds]
+        streams = [None if self._deterministic else RandomStreams(seed).torch("player", "learned") for seed in seeds]
         self._rows = [(self._policy.twin(), stream) for stream in streams]
 
     def choose(self, env: GrowthVectorEnv, observation_ND: Floats, info: Mapping[str, Any]) -> NDArray[np.int64]:

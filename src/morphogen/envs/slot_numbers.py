@@ -13,6 +13,7 @@ from morphogen.growth import GrowableModel
 from morphogen.growth.accounting import count_parameters
 from morphogen.growth.gates import Check, Reading
 from morphogen.growth.lifecycle import OPERATORS
+from morphogen.growth.ramps import CURVES
 
 _CHECKS = tuple(Check)
 
@@ -69,6 +70,8 @@ def _numbers(model: GrowableModel, view: SlotView, blueprints: list[str]) -> dic
     }
     if state.has_seed:
         numbers["operator"] = OPERATORS.index(state.operator)
+        numbers["blend_ticks"] = state.blend_ticks
+        numbers["curve"] = CURVES.index(state.curve)
         numbers["blueprint"] = blueprints.index(state.blueprint) if state.blueprint in blueprints else np.nan
         numbers["gradient_ratio"] = _fresh(sensors.gradient_ratio, model.clock)
         numbers["finite"] = _fresh(sensors.finite, model.clock)

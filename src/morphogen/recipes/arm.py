@@ -90,7 +90,7 @@ class ArmRun:
         self.model = self.built.model
         self.total_steps = config.total_steps or self.task.total_steps
         chosen = learned or (config.policy if arm == "grown" else "wait")
-        self._decider = make_decider(chosen, self.task, self.built.streams.numpy("policy"), self._total_ticks)
+        self._decider = make_decider(chosen, self.task, self.built.streams, self._total_ticks)
         self.training = TaskTraining(
             self.built,
             total_steps=self.total_steps,

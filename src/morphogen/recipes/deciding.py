@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from morphogen import control
 from morphogen.control import Action, Observation, Policy
@@ -22,6 +23,7 @@ from morphogen.envs.records import StepRecord
 from morphogen.envs.rewards import Rewards
 from morphogen.envs.watching import Watch
 from morphogen.growth import Stage
+from morphogen.state import RandomStreams
 from morphogen.tasks import Task
 from morphogen.tasks.training import TaskTraining
 
@@ -109,18 +111,20 @@ class LearnedDecider:
 
     That is: it decides before the first step too; frames are written, and what a reward remembers is kept, as the environment
     does it. What differs is how the network is trained: under the job's governor, which looks at each step and goes on after a
-    rewind, where the environment's looks at each tick and ends the episode. A rewind takes the policy's memory back with it.
+    rewind, where the environment's looks at each tick and ends the episode. A rewind takes the policy's memory and its chance
+    back with it.
 
     Args:
         policy: Trained; not changed.
         task: What is trained on.
         total_ticks: Decisions of the run.
+        generator: Draws the choices, as in training.
 
     Raises:
         ValueError: The task does not fit the policy's places.
     """
 
-    def __init__(self, policy: LearnedPolicy, task: Task, total_ticks: int) -> None:
+    def __init__(self, policy: LearnedPolicy, task: Task, total_ticks: int, generator: torch.Generator) -> None:
         """Have seen nothing."""
         self._policy = policy.on(task.name)
         self._config = self._policy.origin.env
@@ -128,7 +132,8 @@ class LearnedDecider:
         self._rewards = Rewards(self._config.reward, 1, self._config.num_slots)
         self._now = Frames.empty(1, self._config.num_slots)
         self._choices_NH = np.zeros((1, len(self._watch.menu.layout.sizes)), dtype=np.int64)
-        self.extras: Mapping[str, Any] = {"decider": self}
+        self._generator = generator
+        self.extras: Mapping[str, Any] = {"decider": self, "policy": generator}
 
     def prepare(self, training: TaskTraining) -> None:
         """Measure the untrained network."""
@@ -183,14 +188,14 @@ class LearnedDecider:
     def _act(self) -> Action:
         menu = self._watch.menu
         observation_ND = observe(self._now, self._rewards.ledger, menu)
-        self._choices_NH = self._policy.choose(observation_ND, action_masks(self._now, menu))
+        self._choices_NH = self._policy.choose(observation_ND, action_masks(self._now, menu), generator=self._generator)
         action = menu.action(self._choices_NH[0])
         self._watch.acted(action)
         return action if action.slot is None else dataclasses.replace(action, reason="chosen by the trained policy")
 
 
-def make_decider(policy: str | LearnedPolicy, task: Task, stream: np.random.Generator, total_ticks: int) -> Decider:
+def make_decider(policy: str | LearnedPolicy, task: Task, streams: RandomStreams, total_ticks: int) -> Decider:
     """Return the decider of a policy: the name of a built-in one, or a trained one."""
     if isinstance(policy, str):
-        return PolicyDecider(control.make(policy, task.blueprints), stream)
-    return LearnedDecider(policy, task, total_ticks)
+        return PolicyDecider(control.make(policy, task.blueprints), streams.numpy("policy"))
+    return LearnedDecider(policy, task, total_ticks, streams.torch("policy"))

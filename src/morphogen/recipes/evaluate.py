@@ -215,7 +215,7 @@ class _Job:
 
     def _player(self, name: str) -> Player:
         if name == LEARNED:
-            return LearnedPlayer(self._policy, name, sample=self._config.sample)
+            return LearnedPlayer(self._policy, name, deterministic=self._config.deterministic)
         return PolicyPlayer(name, menu_of(self._task, environment(self._config, self._policy)))
 
     # -- results ----------------------------------------------------------------------------------------------------

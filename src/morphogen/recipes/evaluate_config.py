@@ -26,7 +26,7 @@ class EvaluateConfig(JobConfig):
         task: Task to play; None for the one the policy was trained on.
         episodes: Of each player, each on a seed of its own, the same for all players.
         seed: Episode i has the environment seed ``2**32 + 1_000_000 * seed + i``.
-        sample: Let the trained policy draw its choices instead of taking the most probable ones.
+        deterministic: Let the trained policy take its most probable choices instead of drawing them as in training.
         num_envs: Episodes played at the same time; no result depends on it.
         executor: "inline" or "processes"; no result depends on it.
         num_workers: Processes, for "processes" alone; None for one for each core.
@@ -42,7 +42,7 @@ class EvaluateConfig(JobConfig):
     task: str | None = None
     episodes: int = Field(default=30, ge=2, le=SEEDS_PER_ROOT)
     seed: int = Field(default=0, ge=0)
-    sample: bool = False
+    deterministic: bool = False
     num_envs: int = Field(default=8, ge=1)
     executor: Literal["inline", "processes"] = "inline"
     num_workers: int | None = Field(default=None, ge=1)

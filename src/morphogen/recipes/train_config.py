@@ -20,7 +20,7 @@ AGENT = PPOConfig(
     minibatch_size=64,
     epochs=6,
     learning_rate=Linear(start=1e-3, end=1e-4),
-    entropy_coef=0.01,
+    entropy_coef=Linear(start=0.01, end=0.0),
     target_kl=0.03,
     normalize_values=True,
     policy=PolicyConfig(hidden=(64,), memory="lstm", memory_width=64),
