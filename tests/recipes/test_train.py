@@ -281,6 +281,40 @@ def test_where_nothing_can_be_saved_the_last_checkpoint_is_named(
     assert_same(out, whole)
 
 
+# -- from a policy that was trained before
+
+
+def test_it_starts_from_a_policy_and_goes_on_from_it_after_a_cut(whole: TrainResult, tmp_path: Path) -> None:
+    given = tmp_path / "given.safetensors"
+    given.write_bytes((whole.directory / FILE_NAME).read_bytes())
+    config = SMALL.replace(start_from=str(given), ppo=SMALL.ppo.replace(learning_rate=1e-12, normalize_observations=False))
+    result = train(config, tmp_path / "run")
+    for name, tensor in load_policy(given).weights().items():
+        torch.testing.assert_close(load_policy(result.directory).weights()[name], tensor, rtol=0, atol=1e-8)
+    with pytest.raises(PowerCut):
+        train(config, tmp_path / "cut", sinks=(At(1, cut_power),))  # before the first checkpoint
+    given.unlink()  # the run has its own
+    resume_train(tmp_path / "cut")
+    assert_same(tmp_path / "cut", result)
+
+
+@pytest.mark.parametrize(
+    ("start", "words"),
+    [
+        ("nowhere", "`policy` must be a run directory or a policy file"),
+        ("small", "does not fit the agent that `ppo` describes"),
+        ("narrow", "Give the environment as many places"),
+    ],
+)
+def test_a_policy_it_cannot_start_from_is_said_before_anything_is_written(
+    start: str, words: str, small_policy: Path, narrow_policy: Path, tmp_path: Path
+) -> None:
+    files = {"small": str(small_policy), "narrow": str(narrow_policy)}
+    with pytest.raises((ValueError, MorphogenError), match=words):
+        train(SMALL.replace(start_from=files.get(start, start)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 # -- what is refused
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from morphogen import tasks
 from morphogen.cli.commands import Resume, Train
-from morphogen.cli.printing import result_console, say_how_to_resume, say_where
+from morphogen.cli.printing import absolute, result_console, say_how_to_resume, say_where
 from morphogen.recipes.overrides import parse_settings, with_flags
 from morphogen.recipes.policy_file import FILE_NAME
 from morphogen.recipes.run_directory import RunDirectory, read_config
@@ -18,6 +18,7 @@ def train(command: Train) -> int:
     """Run a train job."""
     flags = {
         "task": command.task,
+        "start_from": absolute(command.start),
         "total_steps": command.steps,
         "env.executor": command.executor,
         "env.reward.preset": command.reward,

@@ -72,6 +72,10 @@ class LearnedPolicy:
         self._predictor = Predictor(network.eval(), ObservationEncoder(space), normalizer, torch.Generator(), space)
         self.start(1)
 
+    def weights(self) -> dict[str, Tensor]:
+        """Return the weights of the network by name, copied."""
+        return {name: tensor.detach().clone() for name, tensor in self._parts[0].state_dict().items()}
+
     def twin(self) -> LearnedPolicy:
         """Return one with the same network that remembers nothing."""
         return LearnedPolicy(*self._parts, self.origin)

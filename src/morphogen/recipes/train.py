@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from morphogen import tasks
+from morphogen.errors import CheckpointError, StateMismatch
 from morphogen.recipes.agent_job import AgentJob, Fault
-from morphogen.recipes.policy_file import FILE_NAME, save_policy
+from morphogen.recipes.policy_file import FILE_NAME, find, load_policy, save_policy
 from morphogen.recipes.recorded_growth import FinishedEpisode, RecordedGrowth
-from morphogen.recipes.run_directory import RunDirectory
+from morphogen.recipes.run_directory import RunDirectory, write_bytes
 from morphogen.recipes.train_config import TrainConfig
 from morphogen.recipes.train_events import EpisodeFinished, EpisodesAveraged, TrainFaulted, TrainFinished, TrainStarted
 from morphogen.recipes.versions import versions
@@ -31,6 +32,8 @@ from morphogen.rl.ppo import PPO
 from morphogen.rl.rollout import EPISODES_AVERAGED
 from morphogen.telemetry.events import Emit, Event, Json, Sink
 from morphogen.telemetry.report import write_report
+
+_START = "start.safetensors"  # the policy that training started from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,15 +77,22 @@ def train(config: TrainConfig, out: Path | None = None, *, sinks: tuple[Sink, ..
         sinks: Further sinks, for example the console's.
 
     Raises:
-        ValueError: A setting does not fit the task, or there is no such device.
+        ValueError: A setting does not fit the task, or there is no such device or policy to start from.
+        CheckpointError: The policy to start from is damaged or does not fit.
         EnvironmentFault: The environments failed, for example because a worker process died and could not be replaced. What
             was learned is saved; a note says how to resume.
         UpdateDiverged: Updates were not finite. Likewise.
         MorphogenError: The task's data is not here, or the directory cannot be used.
     """
     check(config)
+    start = None if config.start_from is None else find(config.start_from)
     with contextlib.closing(_Job(config)) as job:
-        return _run(job, RunDirectory.create(out, config), sinks, log_offset=0)
+        if start is not None:
+            job.start_from(start)
+        directory = RunDirectory.create(out, config)
+        if start is not None:
+            write_bytes(directory.path / _START, start.read_bytes())
+        return _run(job, directory, sinks, log_offset=0)
 
 
 def resume_train(path: Path, *, sinks: tuple[Sink, ...] = ()) -> TrainResult:
@@ -98,7 +108,10 @@ def resume_train(path: Path, *, sinks: tuple[Sink, ...] = ()) -> TrainResult:
         return TrainResult(path, True, summary["num_steps"], summary["metric_name"], Recent(**summary["recent"]))
     check(config)
     with contextlib.closing(_Job(config)) as job:
-        return _run(job, directory, sinks, log_offset=job.restore(directory))
+        log_offset = job.restore(directory)
+        if log_offset == 0 and config.start_from is not None:  # there is no checkpoint yet
+            job.start_from(path / _START if (path / _START).is_file() else find(config.start_from))
+        return _run(job, directory, sinks, log_offset=log_offset)
 
 
 def check(config: TrainConfig) -> None:
@@ -132,6 +145,19 @@ class _Job(AgentJob):
         except ValueError:  # a setting of the agent: nobody else would end the workers
             self._env.close()
             raise
+
+    def start_from(self, file: Path) -> None:
+        """Take over the weights of a policy.
+
+        Raises:
+            CheckpointError: They do not fit the agent, or the file is damaged.
+        """
+        policy = load_policy(file)
+        policy.fit(self._env.menu, str(file))
+        try:
+            self.agent.set_parameters(policy.weights())
+        except StateMismatch as error:
+            raise CheckpointError(f"{file}: does not fit the agent that `ppo` describes: {error}") from error
 
     @property
     def metric_name(self) -> str:
