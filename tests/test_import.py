@@ -54,6 +54,13 @@ def test_no_public_name_needs_an_optional_dependency(installed: Path) -> None:
     assert not imported_by(EVERY_PUBLIC_NAME, installed) & set(OPTIONAL)
 
 
+def test_the_most_used_of_populations_is_at_hand() -> None:
+    assert morphogen.PopulationTrainer is morphogen.pbt.PopulationTrainer  # pyright: ignore[reportAttributeAccessIssue]
+    assert {"PopulationTrainer", "PBTConfig", "PBTScheduler"} <= {*morphogen.__all__}
+    with pytest.raises(AttributeError, match="Public names: .*PopulationTrainer"):
+        _ = morphogen.PopulationTrainr  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def test_the_version_is_declared_once() -> None:
     project = tomllib.loads((SOURCE.parent / "pyproject.toml").read_text("utf-8"))
     assert "version" in project["project"]["dynamic"]

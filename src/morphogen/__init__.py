@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from morphogen.envs import GrowthVectorEnv as GrowthVectorEnv
     from morphogen.governor import Governor as Governor, GovernorConfig as GovernorConfig
     from morphogen.growth import GrowableModel as GrowableModel, Stage as Stage
+    from morphogen.pbt import PBTConfig as PBTConfig, PBTScheduler as PBTScheduler, PopulationTrainer as PopulationTrainer
     from morphogen.rl import PPO as PPO, PPOConfig as PPOConfig
     from morphogen.state import Snapshot as Snapshot, TrainingState as TrainingState
 
@@ -19,6 +20,9 @@ _HOMES = {
     "GovernorConfig": "morphogen.governor",
     "GrowableModel": "morphogen.growth",
     "GrowthVectorEnv": "morphogen.envs",
+    "PBTConfig": "morphogen.pbt",
+    "PBTScheduler": "morphogen.pbt",
+    "PopulationTrainer": "morphogen.pbt",
     "Stage": "morphogen.growth",
     "PPO": "morphogen.rl",
     "PPOConfig": "morphogen.rl",

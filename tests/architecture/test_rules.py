@@ -60,7 +60,7 @@ class Module:
             return f"{owner}.{node.attr}" if owner else ""
         return ""
 
-    def is_explained(self, node: ast.stmt | ast.ExceptHandler, mark: str) -> bool:
+    def is_explained(self, node: ast.stmt | ast.expr | ast.ExceptHandler, mark: str) -> bool:
         """Tell whether the first line of ``node`` has the comment ``# <mark>: <reason>``."""
         return re.search(rf"# {mark}: \S", self.comments.get(node.lineno, "")) is not None
 
@@ -146,7 +146,8 @@ def global_streams_are_left_alone(module: Module) -> Iterator[Breach]:
         if isinstance(node, (ast.Attribute, ast.Name)):
             owner, _, name = module.dotted(node).rpartition(".")
             is_torch = owner.partition(".")[0] == "torch" and name in SEEDS
-            if is_torch or (owner in OWN_STREAMS and name not in OWN_STREAMS[owner]):
+            is_shared = is_torch or (owner in OWN_STREAMS and name not in OWN_STREAMS[owner])
+            if is_shared and not module.is_explained(node, "shared"):
                 yield node.lineno, f"`{owner}.{name}` uses a generator that others share. Use a stream of your own."
         elif isinstance(node, ast.Call) and not any(keyword.arg == "generator" for keyword in node.keywords):
             method = node.func.attr if isinstance(node.func, ast.Attribute) else ""
@@ -241,6 +242,7 @@ BREACHES: list[tuple[Rule, str]] = [
     (global_streams_are_left_alone, "from numpy import random\nrandom.permutation(3)"),
     (global_streams_are_left_alone, "import random\nrandom.shuffle(x)"),
     (global_streams_are_left_alone, "import random\ndraw = random.random"),
+    (global_streams_are_left_alone, "import random\ndraw = random.random()  # shared:"),
     (global_streams_are_left_alone, "from random import choice\nchoice(x)"),
     (nothing_is_caught_blindly, "try: x()\nexcept: pass"),
     (nothing_is_caught_blindly, "try: x()\nexcept Exception: raise"),
@@ -267,6 +269,7 @@ KEPT: list[tuple[Rule, str]] = [
     (global_streams_are_left_alone, "import numpy as np\ndef f(rng: np.random.Generator): rng.shuffle(x)"),
     (global_streams_are_left_alone, "import random\nrandom.Random(3).shuffle(x)\nrandom.getstate()"),
     (global_streams_are_left_alone, "def f(random): random.shuffle(x)"),
+    (global_streams_are_left_alone, "import random\ndraw = random.random()  # shared: what is checked is who else draws"),
     (nothing_is_caught_blindly, "try: x()\nexcept (OSError, ValueError): pass"),
     (nothing_is_caught_blindly, "try: x()\nexcept Exception:  # border: a sink must not stop training\n  pass"),
     (nothing_is_caught_blindly, "try: x()\nexcept BaseException:\n  y()\n  raise"),

@@ -26,7 +26,7 @@ def run(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     "words",
-    [("--help",), *((name, "--help") for name in ("tasks", "grow", "train", "ppo", "resume", "report"))],
+    [("--help",), *((name, "--help") for name in ("tasks", "grow", "train", "ppo", "pbt", "resume", "report"))],
 )
 def test_help_fits_a_screen_and_imports_no_torch(words: tuple[str, ...], tmp_path: Path) -> None:
     found = run(*words, cwd=tmp_path)

@@ -135,7 +135,7 @@ def test_the_config_of_another_job_is_refused(tmp_path: Path, capsys: pytest.Cap
     assert "`job` must be 'ppo' here, got 'grow'" in capsys.readouterr().err
     (tmp_path / "config.yaml").write_text("job: dance\n")
     assert run_here("resume", str(tmp_path)) == 2
-    assert "must be one of grow, ppo, train, evaluate, got 'dance'" in capsys.readouterr().err
+    assert "must be one of grow, ppo, train, evaluate, pbt, got 'dance'" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(importlib.util.find_spec("moviepy") is not None, reason="moviepy is installed")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -132,5 +133,5 @@ def test_every_command_of_the_page_runs(capsys: pytest.CaptureFixture[str]) -> N
     commands = re.findall(r"^morphogen (.+?)(?:\s+#.*)?$", PAGE.read_text(), flags=re.MULTILINE)
     assert {command.split()[0] for command in commands} == {"train", "resume", "evaluate", "grow"}
     for command in commands:
-        words = command.split()
+        words = shlex.split(command)
         assert run_here(*words, *SHORTER.get(words[0], ())) == 0, (command, capsys.readouterr().err)

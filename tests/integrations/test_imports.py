@@ -10,6 +10,7 @@ import pytest
 FRAMEWORKS = {
     "lightning": ("lightning", "lightning"),
     "huggingface": ("transformers", "transformers"),
+    "ray_tune": ("ray", "ray"),
     "stable_baselines3": ("stable_baselines3", "stable-baselines3"),
 }
 

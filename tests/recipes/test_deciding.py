@@ -181,9 +181,7 @@ def test_other_arms_are_as_without_it(small_policy: Path) -> None:
         assert type(run._decider) is type(plain._decider)
 
 
-def test_bad_policies_are_refused_before_anything_is_written(
-    small_policy: Path, narrow_policy: Path, tmp_path: Path
-) -> None:
+def test_bad_policies_are_refused_before_anything_is_written(small_policy: Path, narrow_policy: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match="one of wait, random, periodic, heuristic.*, got 'heurstic'. Did you mean 'heuristic'"
     ):

@@ -164,9 +164,7 @@ def test_a_policy_is_carried_over_to_another_task(small_policy: Path, tmp_path: 
     assert {each.ticks for each in result.played} == {2}
 
 
-def test_a_policy_draws_its_choices_unless_told_otherwise(
-    finished: EvaluateResult, small_policy: Path, tmp_path: Path
-) -> None:
+def test_a_policy_draws_its_choices_unless_told_otherwise(finished: EvaluateResult, small_policy: Path, tmp_path: Path) -> None:
     config = config_of(small_policy, deterministic=True, against=("wait",))
     results = [evaluate(config, tmp_path / name) for name in "ab"]
     assert results[0].played == results[1].played

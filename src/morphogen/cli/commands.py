@@ -48,6 +48,8 @@ class Train:
 
     task: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: mnist1d)")] = None
     """What the networks are trained on; see `morphogen tasks`."""
+    start: Annotated[str | None, arg(name="from", metavar="POLICY", help_behavior_hint="(default: an untrained one)")] = None
+    """Policy to start from: a run directory, a file, or the name of one that comes with morphogen."""
     steps: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 40000)")] = None
     """Decisions, over all networks."""
     envs: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 8)")] = None
@@ -137,6 +139,40 @@ class PPO:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PBT:
+    """Train a population of agents and keep the best; or replay the best lineage of a run."""
+
+    action: Positional[Annotated[tuple[str, ...], arg(metavar="[replay RUN]", help_behavior_hint="")]] = ()
+    """Train the best lineage of a run again, alone, and say whether it comes to the same."""
+    member: Annotated[str | None, arg(metavar="KIND", help_behavior_hint="(default: ppo)")] = None
+    """ppo, or growth: what `morphogen train` trains."""
+    env: Annotated[str | None, arg(metavar="ID", help_behavior_hint="")] = None
+    """For ppo: registered Gymnasium environment, for example CartPole-v1."""
+    task: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None
+    """For growth: what the networks are trained on; see `morphogen tasks`."""
+    population: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 8)")] = None
+    """Members."""
+    steps: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 100000; growth: 40000)")] = None
+    """Steps of each member."""
+    interval: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 5000; growth: 2000)")] = None
+    """Steps between two decisions about a member."""
+    engine: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: inline)")] = None
+    """Who runs members: inline, processes or ray."""
+    envs: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 8)")] = None
+    """Environments of each member."""
+    seed: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 0)")] = None
+    """Root of all chance."""
+    settings: Annotated[
+        tuple[str, ...], arg(name="set", metavar="NAME=VALUE", help_behavior_hint=""), tyro.conf.UseAppendAction
+    ] = ()
+    """Any other setting, for example pbt.truncation_ratio=0.25; may come often."""
+    out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: the next free one below runs/)")] = None
+    """Run directory, new or empty."""
+    config: Annotated[Path | None, arg(metavar="FILE.yaml", help_behavior_hint="")] = None
+    """Every knob, as config.yaml of a run directory holds them; flags win over it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Resume:
     """Go on with a run that was interrupted or killed; on a CPU bit-identically."""
 
@@ -158,6 +194,7 @@ Command = (
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[PPO, tyro.conf.subcommand("ppo")]
+    | Annotated[PBT, tyro.conf.subcommand("pbt")]
     | Annotated[Resume, tyro.conf.subcommand("resume")]
     | Annotated[Report, tyro.conf.subcommand("report")]
 )

@@ -10,7 +10,7 @@ from typing import Any
 import tyro
 
 from morphogen.cli.codes import FAILED, INTERRUPTED, MISUSED
-from morphogen.cli.commands import PPO, Command, Evaluate, Grow, Report, Resume, Tasks, Train
+from morphogen.cli.commands import PBT, PPO, Command, Evaluate, Grow, Report, Resume, Tasks, Train
 from morphogen.errors import MorphogenError
 
 _DESCRIPTION = "Train PyTorch networks that change while they train."
@@ -20,6 +20,7 @@ _HANDLERS: dict[type, tuple[str, str]] = {
     Train: ("train", "train"),
     Evaluate: ("evaluate", "evaluate"),
     PPO: ("ppo", "ppo"),
+    PBT: ("pbt", "pbt"),
     Resume: ("runs", "resume"),
     Report: ("runs", "report"),
 }

@@ -10,7 +10,7 @@ from morphogen.errors import MorphogenError
 from morphogen.recipes.run_directory import RunDirectory
 from morphogen.telemetry.report import write_report
 
-_JOBS = ("grow", "ppo", "train", "evaluate")
+_JOBS = ("grow", "ppo", "train", "evaluate", "pbt")
 """Each is a module here with a function ``resume``."""
 
 

@@ -48,17 +48,7 @@ def with_settings(config: _Kind, settings: Mapping[str, object]) -> _Kind:
     Raises:
         ValueError: A name is unknown, or a value wrong.
     """
-    values = config.model_dump(mode="json")
-    for name, value in settings.items():
-        _check_name(type(config), name)
-        place: dict[str, Any] = values
-        *parents, last = name.split(".")
-        for parent in parents:
-            if place[parent] is None:  # off until now: the others inside keep their defaults
-                place[parent] = {}
-            place = place[parent]
-        place[last] = value
-    return type(config)(**values)
+    return type(config)(**_placed(type(config), config.model_dump(mode="json"), settings))
 
 
 def with_flags(config: _Kind, flags: Mapping[str, object], settings: Mapping[str, object]) -> _Kind:
@@ -67,11 +57,38 @@ def with_flags(config: _Kind, flags: Mapping[str, object], settings: Mapping[str
     Raises:
         ValueError: A setting came by its flag as well, its name is unknown, or a value wrong.
     """
+    return with_settings(config, _together(flags, settings))
+
+
+def from_flags(kind: type[_Kind], flags: Mapping[str, object], settings: Mapping[str, object]) -> _Kind:
+    """Return a new config of ``settings``, and of what has a flag of its own; flags of None were not given.
+
+    Raises:
+        ValueError: A setting came by its flag as well, its name is unknown, a value wrong, or one is missing.
+    """
+    return kind(**_placed(kind, {}, _together(flags, settings)))
+
+
+def _together(flags: Mapping[str, object], settings: Mapping[str, object]) -> dict[str, object]:
     given = {name: value for name, value in flags.items() if value is not None}
     for name in given:
         if name in settings:
             raise ValueError(f"`{name}` must be given once, got it by --set and by a flag of its own. Leave one out.")
-    return with_settings(config, {**given, **settings})
+    return {**given, **settings}
+
+
+def _placed(kind: type[Config], values: dict[str, Any], settings: Mapping[str, object]) -> dict[str, Any]:
+    """Return ``values`` with ``settings`` where they belong."""
+    for name, value in settings.items():
+        _check_name(kind, name)
+        place: dict[str, Any] = values
+        *parents, last = name.split(".")
+        for parent in parents:
+            if place.get(parent) is None:  # off, or as it is by default: the others inside keep their defaults
+                place[parent] = {}
+            place = place[parent]
+        place[last] = value
+    return values
 
 
 def _check_name(config: type[Config], name: str) -> None:

@@ -40,8 +40,9 @@ class TrainConfig(JobConfig):
         job: Always "train".
         task: What the networks are trained on; see `morphogen tasks`.
         total_steps: Decisions, over all environments; whole rollouts are done, so up to one more than that.
-        start_from: Policy to start from instead of an untrained one: a run directory, a policy file, or the name of one that comes
-            with morphogen; it must have the network of ``ppo`` and the places of ``env``. The critic learns anew what values are.
+        start_from: Policy to start from instead of an untrained one: a run directory, a policy file, or the name of one that
+            comes with morphogen; it must have the network of ``ppo`` and the places of ``env``. The critic learns anew what
+            values are.
         checkpoint_every_updates: Updates between checkpoints of the whole run.
         env: The environments: their episodes, what they pay, who runs them.
         ppo: The agent.

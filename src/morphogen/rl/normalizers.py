@@ -235,6 +235,10 @@ class RewardNormalizer:
         self._return_N = np.zeros(num_envs)
         self._scale = 1.0
 
+    def begin_anew(self) -> None:
+        """Every environment begins an episode; statistics stay."""
+        self._return_N = np.zeros_like(self._return_N)
+
     def update(self, reward_N: Floats, ended_N: Bools, gamma: float, valid_N: Bools | None = None) -> None:
         """Take in one step of every environment: its raw reward, and whether it ended (terminated or truncated) the episode.
 

@@ -63,7 +63,7 @@ class Portable:
         """Remember how each part starts."""
         self._policy, self._optimizer, self._parts, self._emit = policy, optimizer, dict(parts), emit
         self._fresh = {name: _state_of(part) for name, part in self._parts.items()}
-        self._state = TrainingState(policy, optimizer, extras=self._parts)
+        self.state = TrainingState(policy, optimizer, extras=self._parts)
 
     def read(self, *, include_optimizer: bool) -> dict[str, Any]:
         """Return everything that travels, as copies."""
@@ -96,7 +96,7 @@ class Portable:
             for name, part in self._parts.items()
         }
         moments = given.get("optimizer")
-        self._state.adopt(self._snapshot(given["policy"], states, moments), "reset" if moments is None else "copy")
+        self.state.adopt(self._snapshot(given["policy"], states, moments), "reset" if moments is None else "copy")
         loaded = {"policy", *present, *(() if moments is None else ("optimizer",))}
         reset = self._parts.keys() - present - kept
         if moments is None:
@@ -109,7 +109,7 @@ class Portable:
 
     def _snapshot(self, policy: Mapping[str, Tensor], states: Mapping[str, Any], moments: Any) -> Snapshot:
         """Return the run as it is now, but with these values, for ``adopt`` to check and take over."""
-        now, loose = self._state.capture(), dict[str, Tensor]()
+        now, loose = self.state.capture(), dict[str, Tensor]()
         meta: dict[str, Any] = dict(now.meta)
         meta["extras"] = {name: trees.encode(state, loose, f"extras.{name}") for name, state in states.items()}
         saved = self._policy.state_dict()

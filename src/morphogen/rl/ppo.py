@@ -34,8 +34,9 @@ from morphogen.rl.policy import ActorCritic
 from morphogen.rl.rollout import Collector
 from morphogen.rl.update import Hyperparameters, Updater, UpdateResult
 from morphogen.rl.vector import make_vector
-from morphogen.state import TrainingState, checkpoint
+from morphogen.state import Snapshot, TrainingState, checkpoint
 from morphogen.state.surgery import set_learning_rate
+from morphogen.state.training_state import AdoptStrategy
 from morphogen.telemetry.events import Emit, discard
 
 Callback = Callable[["PPO", Updated], bool | None]
@@ -114,6 +115,16 @@ class PPO:
     def num_envs(self) -> int:
         """Environments that are stepped together."""
         return self.env.num_envs
+
+    @property
+    def recent_returns(self) -> tuple[float, ...]:
+        """Returns of the last episodes in training, at most 100, latest last."""
+        return tuple(self._collector.recent_returns)
+
+    @property
+    def num_episodes(self) -> int:
+        """Episodes that ended in training."""
+        return self._collector.num_episodes
 
     @property
     def memory_state(self) -> Tensor | None:
@@ -214,9 +225,10 @@ class PPO:
         config = self.config.replace(**hyperparameters)
         if (config.kl_penalty is None) != (self._parts.kl_penalty is None):
             raise ValueError("`kl_penalty` must stay on or off as it was built. Make a new PPO, or set its coefficient.")
-        Hyperparameters.at(config, 0.0)  # refuses what a schedule may not give
+        now = Hyperparameters.at(config, min(1.0, self.num_steps / max(1, config.schedule_steps or self._horizon_steps)))
         if self._parts.kl_penalty is not None and config.kl_penalty is not None:
             self._parts.kl_penalty.reconfigure(config.kl_penalty)
+        set_learning_rate(self._parts.optimizer, now.learning_rate)
         self.config = config
 
     def get_parameters(self, include_optimizer: bool = False) -> dict[str, Any]:
@@ -244,6 +256,28 @@ class PPO:
         report = self._portable.write(values)
         self._collector.forget()
         return report
+
+    def portable_snapshot(self) -> Snapshot:
+        """Return what travels, moments included, as a snapshot; see :meth:`adopt`."""
+        return self._portable.state.capture()
+
+    def adopt(self, snapshot: Snapshot, optimizer: AdoptStrategy = "reset", *, seed: int | None = None) -> None:
+        """Take over another agent's ``portable_snapshot``: weights, normalisers, controllers, progress; moments as told.
+
+        Hyperparameters and schedules stay this agent's; the memory's state is reset.
+
+        Args:
+            snapshot: Of an agent with the same parts; not changed.
+            optimizer: As in :meth:`morphogen.state.TrainingState.adopt`.
+            seed: Of all streams and new episodes from now on; None: streams and episodes under way stay.
+
+        Raises:
+            StateMismatch: Something does not fit; nothing was changed.
+        """
+        self._portable.state.adopt(snapshot, optimizer)
+        self._collector.forget()
+        if seed is not None:
+            self.state.reseed(seed)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to the directory ``path``; what was there stays whole until the new checkpoint is.

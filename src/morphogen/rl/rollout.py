@@ -105,6 +105,16 @@ class Collector:
         """Reset the memory's state: that of other weights means nothing to new ones."""
         self._state_SCNW = self._policy.initial_state(self._stepper.num_envs)
 
+    def reseed(self, seed: int) -> None:
+        """Leave the episodes under way; new ones begin with the next rollout, from ``seed``, and recent ones are forgotten."""
+        self._now, self._seed = None, seed % 2**31
+        self.forget()
+        self.recent_returns.clear()
+        self.recent_lengths.clear()
+        self.num_episodes = 0
+        if self._rewards is not None:
+            self._rewards.begin_anew()
+
     @torch.no_grad()
     def collect(self, steps: int, gamma: float) -> Rollout:
         """Act for ``steps`` steps of every environment; ``gamma`` is the reward normaliser's discount.
@@ -154,7 +164,7 @@ class Collector:
     def state_dict(self) -> dict[str, Any]:
         """Return environments, memory and recent episodes; nothing before the first rollout."""
         if self._now is None:
-            return {"started": False}
+            return {"started": False, "seed": self._seed}
         return {
             "started": True,
             "environments": self._stepper.state_dict(),
@@ -167,7 +177,7 @@ class Collector:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from ``state``; where episodes under way cannot be taken up again, start new ones without memory of the old."""
         if not state["started"]:
-            self._now = None
+            self._now, self._seed = None, state.get("seed", self._seed)
             self.forget()
             return
         self._now = self._stepper.load_state_dict(state["environments"])

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from morphogen.state.streams import RandomStreams
+
 Stream = torch.Generator | np.random.Generator | random.Random
 STREAM_TYPES = (torch.Generator, np.random.Generator, random.Random)
 
@@ -41,6 +43,17 @@ def read_stream(stream: Stream) -> Any:
     if isinstance(stream, np.random.Generator):
         return stream.bit_generator.state
     return stream.getstate()
+
+
+def reseed_stream(stream: Stream, streams: RandomStreams, name: str) -> None:
+    """Put one generator, in place, to the start of the stream called ``name``."""
+    if isinstance(stream, torch.Generator):
+        stream.manual_seed(streams.integer(name))
+    elif isinstance(stream, np.random.Generator):
+        kind: Any = type(stream.bit_generator)
+        stream.bit_generator.state = kind(streams.sequence(name)).state
+    else:
+        stream.seed(streams.integer(name))
 
 
 def write_stream(stream: Stream, state: Any) -> None:

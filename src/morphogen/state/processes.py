@@ -1,9 +1,16 @@
-"""Which processes work on one run together, and where they exchange tensors."""
+"""Which processes work on one run together, where they exchange tensors, and how many cores there are for them."""
 
 from __future__ import annotations
 
+import os
+
 import torch
 import torch.distributed as dist
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def group_of(distributed: bool | dist.ProcessGroup) -> dist.ProcessGroup | None:

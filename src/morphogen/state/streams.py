@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import struct
 from collections.abc import Generator
 from typing import Any, cast
 
@@ -50,8 +51,8 @@ class RandomStreams:
     def sequence(self, *name: str | int) -> np.random.SeedSequence:
         """Return the ``SeedSequence`` called ``name``: the root's entropy, with the hash of the name as spawn key."""
         text = json.dumps([*self.path, *name])
-        words = np.frombuffer(hashlib.sha256(text.encode()).digest(), dtype="<u4")
-        return np.random.SeedSequence(self.root_seed, spawn_key=tuple(int(word) for word in words))
+        words = struct.unpack("<8I", hashlib.sha256(text.encode()).digest())
+        return np.random.SeedSequence(self.root_seed, spawn_key=words)
 
     def numpy(self, *name: str | int) -> np.random.Generator:
         """Return a NumPy generator at the start of the stream called ``name``."""

@@ -12,14 +12,24 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from morphogen.errors import CheckpointError, StateMismatch
-from morphogen.state import checkpoint, extras as extra_kinds, inventory, restoring, surgery, surgery_grafts, trees
+from morphogen.state import (
+    checkpoint,
+    extras as extra_kinds,
+    inventory,
+    restoring,
+    surgery,
+    surgery_grafts,
+    surgery_options,
+    trees,
+)
 from morphogen.state.diagnosis import diagnose, diagnose_structure
 from morphogen.state.events import MomentsDropped, OptimizerReset
-from morphogen.state.generators import read_global_generators, write_global_generators
+from morphogen.state.generators import STREAM_TYPES, read_global_generators, reseed_stream, write_global_generators
 from morphogen.state.parts import Parts, first_names, section, tensors_of
 from morphogen.state.records import encode_optimizer
 from morphogen.state.schedules import kind_of
 from morphogen.state.snapshot import BufferPool, Snapshot, Tables
+from morphogen.state.streams import RandomStreams
 from morphogen.state.topology import DynamicModel, Grafting
 from morphogen.telemetry.events import Emit, Json, discard
 
@@ -215,6 +225,29 @@ class TrainingState:
             surgery.rescale_moments(parts.optimizers[part], adopted.ratios)
         self._start_afresh(parameters)
 
+    def follow_streams(self, snapshot: Snapshot) -> None:
+        """Draw from now on what the run of ``snapshot`` would: its streams and the global generators go on as it left them."""
+        with self._all_or_nothing() as undo:
+            restoring.write_extras(self._parts, snapshot, ("stream",), undo)
+        if "generators" in snapshot.meta:
+            write_global_generators(trees.decode(snapshot.meta["generators"], snapshot.loose))
+
+    def reseed(self, seed: int) -> None:
+        """Put every stream of this run, each by its name, to a new beginning below ``seed``.
+
+        An extra that belongs to the run and is no generator, such as environments, begins anew if it has a ``reseed`` method
+        that takes a seed; else it stays. The global generators are not touched.
+        """
+        streams = RandomStreams(seed)
+        for name in self._parts.extras_of("stream"):
+            extra = self._parts.extras[name]
+            if isinstance(extra, STREAM_TYPES):
+                reseed_stream(extra, streams, name)
+            else:
+                reseed = getattr(extra, "reseed", None)
+                if callable(reseed):
+                    reseed(streams.integer(name))
+
     def reshape(self) -> None:
         """Re-derive every optimizer's membership from who owns which parameter; moments of parameters that stay are kept.
 
@@ -277,6 +310,11 @@ class TrainingState:
         raise ValueError(
             f"`owner` must be one of {', '.join(self.learning_rates())}, got {owner!r}. Name an optimizer's group."
         )
+
+    def set_base_rate(self, learning_rate: float, optimizer: str = "") -> None:
+        """Make ``learning_rate`` the base rate of an optimizer's first group; see :mod:`morphogen.state.surgery_options`."""
+        chosen = self.optimizers[optimizer]
+        surgery_options.set_base_rate(chosen, learning_rate, self._parts.schedulers_of(chosen))
 
     def scale_learning_rates(self, factor: float) -> None:
         """Multiply every learning rate by ``factor``, for good: schedules go on from, and return to, the scaled rates."""

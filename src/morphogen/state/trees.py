@@ -25,14 +25,15 @@ _Bulk: TypeAlias = "Tensor | np.ndarray[Any, Any] | np.generic | bytes"
 _TAG = "$"  # a dict with this key is a tagged value; user dicts that hold it are themselves tagged
 
 
-def encode(tree: object, tensors: TensorTable, path: str) -> Json:
-    """Return ``tree`` as JSON data; each tensor or array in it is *cloned* into ``tensors`` under a name below ``path``.
+def encode(tree: object, tensors: TensorTable, path: str, *, clone: bool = True) -> Json:
+    """Return ``tree`` as JSON data; each tensor or array in it is entered into ``tensors`` under a name below ``path``.
 
     Args:
         tree: None, bool, int, float, str, bytes, NumPy scalars, tensors, arrays, and dicts (keys: any of these but
             tensors), lists, tuples, deques and Counters of these.
         tensors: Table that receives the tensors.
         path: Where in the whole state this tree sits; used for tensor names and in errors.
+        clone: False lets the table alias the tree, for a caller that reads it at once.
 
     Raises:
         TypeError: Something else is in the tree (a function, a custom object).
@@ -40,27 +41,33 @@ def encode(tree: object, tensors: TensorTable, path: str) -> Json:
     if tree is None or isinstance(tree, bool | str):
         return tree
     if isinstance(tree, Tensor | np.ndarray | np.generic | bytes):
-        return _encode_bulk(cast("_Bulk", tree), tensors, path)
+        return _encode_bulk(cast("_Bulk", tree), tensors, path, clone)
     if isinstance(tree, int):
         return int(tree)
     if isinstance(tree, float):
         return tree if math.isfinite(tree) else {_TAG: "float", "value": str(tree)}
-    return _encode_container(tree, tensors, path)
+    return _encode_container(tree, tensors, path, clone)
 
 
-def _encode_bulk(value: _Bulk, tensors: TensorTable, path: str) -> Json:
+def _encode_bulk(value: _Bulk, tensors: TensorTable, path: str, clone: bool) -> Json:
     if isinstance(value, bytes):
         return {_TAG: "bytes", "value": base64.b64encode(value).decode("ascii")}
     if isinstance(value, Tensor):
-        return {_TAG: "tensor", "name": _enter(value.detach().clone(), tensors, path)}
+        return {_TAG: "tensor", "name": _enter(value.detach().clone() if clone else value.detach(), tensors, path)}
     if value.dtype.hasobject or value.dtype.names:
         raise TypeError(f"`{path}` must be an array of numbers, got one of {value.dtype}. Convert it to numbers.")
     if isinstance(value, np.generic):
         data = base64.b64encode(value.tobytes()).decode("ascii")
         return {_TAG: "numpy", "dtype": value.dtype.str, "value": data}
-    raw = torch.frombuffer(bytearray(value.tobytes()), dtype=torch.uint8) if value.nbytes else torch.empty(0)
+    raw = torch.from_numpy(_raw_bytes(value, clone)) if value.nbytes else torch.empty(0)
     name = _enter(raw, tensors, path)
     return {_TAG: "array", "name": name, "dtype": value.dtype.str, "shape": list(value.shape)}
+
+
+def _raw_bytes(array: np.ndarray[Any, Any], clone: bool) -> np.ndarray[Any, Any]:
+    """Return the bytes of ``array`` in the order of its indices, in memory that may be written to."""
+    raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return raw.copy() if clone or not raw.flags.writeable else raw
 
 
 def _enter(tensor: Tensor, tensors: TensorTable, path: str) -> str:
@@ -70,23 +77,23 @@ def _enter(tensor: Tensor, tensors: TensorTable, path: str) -> str:
     return name
 
 
-def _encode_container(tree: object, tensors: TensorTable, path: str) -> Json:
+def _encode_container(tree: object, tensors: TensorTable, path: str, clone: bool) -> Json:
     if isinstance(tree, Mapping):
         mapping = cast("Mapping[Any, object]", tree)
         counts = isinstance(tree, collections.Counter)
         if not counts and _TAG not in mapping and all(isinstance(key, str) for key in mapping):
-            return {key: encode(value, tensors, f"{path}.{key}") for key, value in mapping.items()}
+            return {key: encode(value, tensors, f"{path}.{key}", clone=clone) for key, value in mapping.items()}
         pairs: list[Json] = [
-            [encode(key, tensors, f"{path}.key{index}"), encode(value, tensors, f"{path}.{index}")]
+            [encode(key, tensors, f"{path}.key{index}"), encode(value, tensors, f"{path}.{index}", clone=clone)]
             for index, (key, value) in enumerate(mapping.items())
         ]
         return {_TAG: "counter" if counts else "dict", "items": pairs}
     if isinstance(tree, list | tuple | collections.deque):
         sequence = cast("list[Any]", tree)
-        if all(type(item) is int for item in sequence):  # the state of a generator has 624 of them
+        if set(map(type, sequence)) <= {int}:  # the state of a generator has 624 of them
             items: list[Json] = list(sequence)
         else:
-            items = [encode(item, tensors, f"{path}.{index}") for index, item in enumerate(sequence)]
+            items = [encode(item, tensors, f"{path}.{index}", clone=clone) for index, item in enumerate(sequence)]
         if isinstance(tree, list):
             return items
         if isinstance(tree, collections.deque):

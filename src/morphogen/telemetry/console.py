@@ -79,7 +79,7 @@ class ConsoleSink:
         slots = " ".join(f"{name}:{_SHORT.get(stage, stage)}" for name, stage in fields["stages"].items())
         state = (
             f"{metric_text(fields['metric'], self._metric)}  {fields['parameters']:,} par  {slots}  {fields['governor']}  "
-            f"ETA {_clock_text(self._remaining(self._arms_done + step / total))}"
+            f"ETA {clock_text(self._remaining(self._arms_done + step / total))}"
         )
         title = f"{min(self._arms_done + 1, self._num_arms)}/{self._num_arms} {_arm(fields)}"
         self._line.show(title, step / total, state, plain=f"{title} step {step}/{total}  {state}")
@@ -116,7 +116,7 @@ class PPOConsoleSink:
         if kind == "Updated":
             self._show(fields)
         elif kind == "Evaluated":
-            spread = f"{_number(fields['mean_return'])} ± {_number(fields['std_return'])}"
+            spread = f"{number_text(fields['mean_return'])} ± {number_text(fields['std_return'])}"
             self._line.say(f"step {fields['step']:,}: return {spread} over {fields['episodes']} evaluation episodes")
         _say_trouble(self._line, fields, "step")
 
@@ -126,7 +126,7 @@ class PPOConsoleSink:
 
     def _show(self, fields: dict[str, Any]) -> None:
         state = (
-            f"return {_number(fields['mean_return'])}  length {_number(fields['mean_length'])}  {_learning(fields)}  "
+            f"return {number_text(fields['mean_return'])}  length {number_text(fields['mean_length'])}  {_learning(fields)}  "
             f"{fields['steps_per_second']:,.0f} steps/s"
         )
         self._line.go_on("step", self._pace, fields, state)
@@ -168,7 +168,7 @@ class TrainConsoleSink:
             self._networks = f"{metric}  {fields['parameters']:,.0f} par  {fields['rollbacks']} faults"
         elif fields["event"] == "Updated":
             state = (
-                f"return {_number(fields['mean_return'])}  {self._networks}  {_learning(fields)}  "
+                f"return {number_text(fields['mean_return'])}  {self._networks}  {_learning(fields)}  "
                 f"{fields['steps_per_second']:.3g} decisions/s"
             )
             self._line.go_on("decision", self._pace, fields, state)
@@ -238,7 +238,7 @@ class EvaluationConsoleSink:
         left = (self._clock() - self._started) * (self._num_episodes - self._done) / here
         metric = metric_text(fields["test_metric"], self._metric)
         title = f"episode {self._done}/{self._num_episodes}"
-        state = f"{fields['player']}: test {metric}, return {_number(fields['total_return'])}  ETA {_clock_text(left)}"
+        state = f"{fields['player']}: test {metric}, return {number_text(fields['total_return'])}  ETA {clock_text(left)}"
         self._line.show(title, self._done / self._num_episodes, state, plain=f"{title}  {state}")
 
     def close(self) -> None:
@@ -275,7 +275,7 @@ class _MovingLine:
     def go_on(self, unit: str, pace: _Pace, fields: dict[str, Any], state: str) -> None:
         """Show an update, and how long the rest takes."""
         step, total = fields["step"], pace.total_steps
-        state = f"{state}  ETA {_clock_text(pace.remaining(step, fields['steps_per_second']))}"
+        state = f"{state}  ETA {clock_text(pace.remaining(step, fields['steps_per_second']))}"
         title = f"{unit} {step:,}/{total:,}"
         self.show(title, min(step / total, 1.0), state, plain=f"{title}  {state}")
 
@@ -293,7 +293,7 @@ def _arm(fields: dict[str, Any]) -> str:
 
 
 def _learning(fields: dict[str, Any]) -> str:
-    return f"KL {_number(fields['kl'])}  EV {_number(fields['explained_variance'])}"
+    return f"KL {number_text(fields['kl'])}  EV {number_text(fields['explained_variance'])}"
 
 
 def _say_trouble(line: _MovingLine, fields: dict[str, Any], unit: str) -> None:
@@ -304,14 +304,15 @@ def _say_trouble(line: _MovingLine, fields: dict[str, Any], unit: str) -> None:
         line.say(f"{unit} {fields['step']:,}: episodes under way were begun anew: {fields['reason']}")
 
 
-def _number(value: float | str) -> str:
+def number_text(value: float | str) -> str:
     """Return ``value`` to four digits; records name what is not finite, and NaN means that there is nothing yet."""
     if isinstance(value, str):
         return "-" if value == "nan" else value
     return f"{value:.4g}"
 
 
-def _clock_text(seconds: float | None) -> str:
+def clock_text(seconds: float | None) -> str:
+    """Return ``seconds`` as minutes and seconds."""
     if seconds is None:
         return "--:--"
     minutes, rest = divmod(round(seconds), 60)

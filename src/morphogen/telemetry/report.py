@@ -42,6 +42,7 @@ from morphogen.telemetry.jsonl import (
     text_in,
 )
 from morphogen.telemetry.metrics import interval_text, metric_text
+from morphogen.telemetry.pbt_report import population_page
 from morphogen.telemetry.ppo_report import ppo_page
 from morphogen.telemetry.train_report import train_page
 
@@ -52,7 +53,12 @@ _SHOWN = {
     "FaultInjected", "ArmFinished", "RunFinished",
 }  # fmt: skip
 
-_PAGES = {"PPOStarted": ppo_page, "TrainStarted": train_page, "EvaluationStarted": evaluation_page}
+_PAGES = {
+    "PPOStarted": ppo_page,
+    "TrainStarted": train_page,
+    "EvaluationStarted": evaluation_page,
+    "PopulationStarted": population_page,
+}
 """Which page, by the event a job begins with; else that of a grow job."""
 
 

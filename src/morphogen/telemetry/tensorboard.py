@@ -16,6 +16,7 @@ from torch.utils.tensorboard.writer import SummaryWriter
 from morphogen.telemetry.events import Json
 
 _SCALARS = ("train_loss", "metric", "parameters", "learning_rate")
+_MEMBER_SCALARS = ("score", "hyperparameters", "metrics")
 _NO_SCALARS = ("event", "step", "seconds")
 _FLUSH_SECONDS = 10
 
@@ -25,11 +26,13 @@ _AGENT_LANES: dict[Json, _Lane] = {"Updated": "training", "Evaluated": "evaluati
 
 @final
 class TensorBoardSink:
-    """Writes the scalars of ``TickMeasured``, ``Updated``, ``Evaluated`` and ``EpisodesAveraged`` records; others pass by.
+    """Writes the scalars of ``TickMeasured``, ``Updated``, ``Evaluated``, ``EpisodesAveraged`` and ``MemberReported`` records.
 
     In a grow job each (arm, repeat) is a TensorBoard run of its own, ``<directory>/<arm>/repeat-<n>``, with the tags
     ``train_loss``, ``metric``, ``parameters``, ``learning_rate`` and ``alpha/<slot>``. Where an agent is trained, ``training``,
-    ``evaluation`` and ``episodes`` are, with the fields of their records as tags. A run is made when its first record comes.
+    ``evaluation`` and ``episodes`` are, with the fields of their records as tags. In a population each member is,
+    ``member-<n>``, with ``score``, ``hyperparameters/<name>`` and ``metrics/<name>``. A run is made when its first record
+    comes.
     Steps that are trained again, after a rollback or in a resumed run, replace the earlier values.
     """
 
@@ -80,6 +83,8 @@ def _place_of(record: Mapping[str, Json]) -> tuple[_Lane, int] | None:
     kind, step = record.get("event"), record.get("step")
     if kind in _AGENT_LANES and isinstance(step, int):
         return _AGENT_LANES[kind], step
+    if kind == "MemberReported" and isinstance(step, int):
+        return f"member-{record.get('member')}", step
     if kind != "TickMeasured":
         return None
     arm, repeat, step = record.get("arm"), record.get("repeat"), record.get("train_step")
@@ -95,11 +100,20 @@ def _scalars(record: Mapping[str, Json]) -> Iterator[tuple[str, float]]:
     """The measured values of ``record`` by tag; what was not measured is left out."""
     if record.get("event") == "TickMeasured":
         tagged = {name: record.get(name) for name in _SCALARS} | {"alpha": record.get("alphas")}
+    elif record.get("event") == "MemberReported":
+        tagged = {name: record.get(name) for name in _MEMBER_SCALARS}
     else:
         tagged = {name: value for name, value in record.items() if name not in _NO_SCALARS}
     for tag, value in _flat(tagged):
         if value is not None:
-            yield tag, float(value) if isinstance(value, int | float | str) else float("nan")
+            yield tag, _float(value)
+
+
+def _float(value: Json) -> float:
+    """Return a number; NaN for what is none, such as the name of a choice."""
+    if isinstance(value, int | float) or value in ("nan", "inf", "-inf"):
+        return float(value)
+    return float("nan")
 
 
 def _flat(tagged: Mapping[str, Json]) -> Iterator[tuple[str, Json]]:

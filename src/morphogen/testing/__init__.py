@@ -23,6 +23,11 @@ from morphogen.testing.detectors import (
     check_detector as check_detector,
     healthy_traces as healthy_traces,
 )
+from morphogen.testing.engines import (
+    ENGINE_CHECKS as ENGINE_CHECKS,
+    EngineCase as EngineCase,
+    check_engine as check_engine,
+)
 from morphogen.testing.hosts import (
     LENIENT as LENIENT,
     HostCase as HostCase,

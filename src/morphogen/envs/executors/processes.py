@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import os
 import signal
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,6 +20,7 @@ from morphogen.envs.executors.base import Beginning, Ended
 from morphogen.envs.executors.shared import SharedData, SharedFrames
 from morphogen.envs.executors.worker import READY, Answer, Assignment, Command, Message, Past, work
 from morphogen.errors import MorphogenError, WorkerDied
+from morphogen.state.processes import available_cores
 from morphogen.tasks import Task
 
 _MAX_DEATHS = 3  # within one command
@@ -211,11 +211,6 @@ class _InWorker(Exception):
 
     def __init__(self, where: str) -> None:
         super().__init__(f"\n{where}")
-
-
-def available_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _past_of(state: dict[str, Any]) -> Past:
