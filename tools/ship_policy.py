@@ -15,6 +15,8 @@ from typing import Any
 
 import yaml
 
+from morphogen.recipes.train_config import TrainConfig
+
 POLICIES = Path(__file__).parents[1] / "src" / "morphogen" / "policies"
 _POINTS = 40  # of a curve
 _CURVE = ("decisions", "return", "metric", "parameters")
@@ -26,10 +28,8 @@ def facts_of(run: Path, evaluation: Path, name: str) -> dict[str, Any]:
     found = json.loads((evaluation / "summary.json").read_text())
     if not given["finished"] or not found["finished"]:
         raise SystemExit("both the training and the evaluation must be finished")
-    start = f" --from {Path(config['start_from']).stem}" if config.get("start_from") else ""
     return {
-        "command": f"morphogen train --task {config['task']} --steps {config['total_steps']} --seed {config['ppo']['seed']}"
-        + start,
+        "command": command_of(config),
         "evaluation": f"morphogen evaluate {name} --episodes {found['rows'][0]['episodes']}",
         "decisions": given["num_steps"],
         "curve": {"columns": _CURVE, "rows": curve_of(run)},
@@ -37,6 +37,18 @@ def facts_of(run: Path, evaluation: Path, name: str) -> dict[str, Any]:
         "differences": found["differences"],
         "sentences": found["sentences"],
     }
+
+
+def command_of(config: dict[str, Any]) -> str:
+    """Return the command that trains with ``config``."""
+    start = f" --from {Path(config['start_from']).stem}" if config.get("start_from") else ""
+    plain = TrainConfig(task=config["task"]).model_dump(mode="json")
+    changed = [name for name, value in plain["ppo"].items() if name != "seed" and config["ppo"][name] != value]
+    if any(config[name] != plain[name] for name in ("env", "checkpoint_every_updates")):
+        raise SystemExit("only policies trained in the default environment are shipped")
+    settings = "".join(f" --set 'ppo.{name}={json.dumps(config['ppo'][name])}'" for name in changed)
+    steps, seed = config["total_steps"], config["ppo"]["seed"]
+    return f"morphogen train --task {config['task']}{start} --steps {steps} --seed {seed}{settings}"
 
 
 def curve_of(run: Path) -> list[list[float]]:

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_there_is_one_for_each_task_it_is_named_after() -> None:
-    assert "digits" in shipped()
+    assert {"digits", "mnist1d"} <= set(shipped())
     assert set(shipped()) <= set(tasks.names())
 
 
@@ -31,9 +31,9 @@ def test_it_loads_fits_its_task_and_says_how_it_was_made(name: str) -> None:
     assert policy.origin.env.layout == GrowthEnvConfig().layout  # so that it carries over to every other task
     facts = json.loads(find(name).with_suffix(".json").read_text())
     config = policy.origin.facts["config"]
-    assert facts["command"].startswith(
-        f"morphogen train --task {name} --steps {config['total_steps']} --seed {config['ppo']['seed']}"
-    )
+    assert facts["command"].startswith(f"morphogen train --task {name} ")
+    assert f" --steps {config['total_steps']} --seed {config['ppo']['seed']}" in facts["command"]
+    assert (f"--from {config.get('start_from')} " in facts["command"]) == (config.get("start_from") is not None)
     assert facts["decisions"] == policy.origin.facts["steps"] == facts["curve"]["rows"][-1][0]
     assert [row["player"] for row in facts["rows"]] == ["learned", "wait", "random", "periodic", "heuristic"]
     assert facts["rows"][0]["episodes"] >= 30
