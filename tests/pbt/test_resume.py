@@ -96,6 +96,34 @@ def test_on_their_own_members_go_on_from_where_each_was(settings: Settings, tmp_
         assert [report.interval for report in result.reports if report.member == member] == [1, 2, 3, 4]
 
 
+def test_what_an_exploit_came_to_is_the_interval_after_it_wherever_the_run_was_cut(
+    settings: Settings, facts_of: Any, tmp_path: Path
+) -> None:
+    config = settings(total_steps=18)
+    whole = PopulationTrainer(troubled_member, config).run()
+    for reports in range(6, 12):
+        path = tmp_path / f"{reports}"
+        with pytest.raises(PowerCut):
+            PopulationTrainer(troubled_member, config, directory=path, emit=cut_at(reports)).run()
+        result = PopulationTrainer(troubled_member, config, directory=path).run()
+        assert facts_of(result) == facts_of(whole), reports
+
+
+def test_on_their_own_what_was_undone_is_no_history(settings: Settings, tmp_path: Path) -> None:
+    config = settings(synchronous=False, total_steps=30)
+    for events in range(6, 40, 5):
+        path = tmp_path / f"{events}"
+        with pytest.raises(PowerCut):
+            PopulationTrainer(troubled_member, config, directory=path, emit=cut_at(events)).run()
+        result = PopulationTrainer(troubled_member, config, directory=path).run()
+        used = {(report.member, report.interval): report for report in result.reports}
+        assert len({(each.member, each.interval) for each in result.exploits}) == len(result.exploits)
+        for exploit in result.exploits:
+            after = used[exploit.member, exploit.interval + 1]
+            assert (after.hyperparameters, after.seed) == (exploit.hyperparameters, exploit.seed)
+            assert after.score == exploit.score_after
+
+
 _SCRIPT = """
 import resource, sys
 from morphogen.errors import MorphogenError

@@ -157,8 +157,3 @@ def test_policies_are_found_by_run_file_and_name(small_policy: Path, tmp_path: P
     assert find("mnist1d") == small_policy
     with pytest.raises(ValueError, match="one of wait, mnist1d, got 'mnist1'. Did you mean 'mnist1d'"):
         find("mnist1", also=("wait",))
-
-
-def test_every_shipped_policy_loads() -> None:
-    for name, file in policy_file.shipped().items():
-        assert load_policy(file).origin.facts["command"], name

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from morphogen.errors import CheckpointError
@@ -29,6 +28,9 @@ _CODES = {
     **{torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8"},
     **{torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"},
 }
+_DTYPES = {code: dtype for dtype, code in _CODES.items()}
+_DAMAGED = (LookupError, ValueError, TypeError, AttributeError, RuntimeError, OverflowError, SyntaxError)
+"""What JSON, NumPy (its types are a small language) and torch raise of bytes that are not what they were."""
 Chunk = bytes | memoryview
 
 
@@ -38,23 +40,24 @@ def to_bytes(values: Mapping[str, Any]) -> bytes:
     Raises:
         TypeError: There is something else in it.
     """
-    return b"".join(_chunks(values))
+    return b"".join(to_chunks(values))
 
 
-def from_bytes(content: bytes, where: str = "the parcel") -> dict[str, Any]:
-    """Return what :func:`to_bytes` was given; nothing aliases ``content``.
+def from_bytes(content: bytes | bytearray, where: str = "the parcel") -> dict[str, Any]:
+    """Return what :func:`to_bytes` was given; nothing aliases ``content``, unless it is a bytearray, which is then used up.
 
     Raises:
         CheckpointError: They are not such bytes.
     """
+    own = content if isinstance(content, bytearray) else bytearray(content)
     try:
-        tensors = safetensors.torch.load(content)
-        length = int.from_bytes(content[:8], "little")
-        header = json.loads(content[8 : 8 + length])
-        tree = trees.decode(json.loads(header["__metadata__"][_KEY]), tensors)
-    except (SafetensorError, KeyError, ValueError) as error:
+        start = 8 + int.from_bytes(own[:8], "little")
+        header = json.loads(own[8:start])
+        tree = json.loads(header.pop("__metadata__")[_KEY])
+        tensors = {name: _tensor(own, start, entry) for name, entry in header.items()}
+        return cast("dict[str, Any]", _revived(trees.decode(tree, tensors), tensors))
+    except _DAMAGED as error:
         raise CheckpointError(f"{where}: is damaged: {error}. Use another snapshot.") from error
-    return cast("dict[str, Any]", _revived(tree, tensors))
 
 
 def write_snapshot(values: Mapping[str, Any], folder: str) -> tuple[str, int]:
@@ -65,7 +68,7 @@ def write_snapshot(values: Mapping[str, Any], folder: str) -> tuple[str, int]:
     Raises:
         CheckpointError: The disk refused; ``folder`` is as it was.
     """
-    return _write(_chunks(values), folder)
+    return _write(to_chunks(values), folder)
 
 
 def write_bytes(content: bytes, folder: str) -> tuple[str, int]:
@@ -116,8 +119,8 @@ def read_snapshot(folder: str, digest: str) -> dict[str, Any]:
     return from_bytes(content, str(path))
 
 
-def _chunks(values: Mapping[str, Any]) -> list[Chunk]:
-    """Return a safetensors file in pieces, of which the large ones alias ``values``: much data is copied by nobody."""
+def to_chunks(values: Mapping[str, Any]) -> list[Chunk]:
+    """Return what :func:`to_bytes` does in pieces, of which the large ones alias ``values``: it may be much."""
     tensors: dict[str, Tensor] = {}
     tree = trees.encode(_plain(values, tensors), tensors, "values", clone=False)
     header: dict[str, Any] = {"__metadata__": {_KEY: json.dumps(tree)}}
@@ -132,6 +135,17 @@ def _chunks(values: Mapping[str, Any]) -> list[Chunk]:
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
     return [len(head).to_bytes(8, "little"), head, *data]
+
+
+def _tensor(content: bytearray, start: int, entry: Mapping[str, Any]) -> Tensor:
+    """Return a tensor that aliases its place in ``content``."""
+    shape, dtype = entry["shape"], _DTYPES[entry["dtype"]]
+    first, end = entry["data_offsets"]
+    if not 0 <= first <= end <= len(content) - start or end - first != math.prod(shape) * dtype.itemsize:
+        raise ValueError("a tensor is not where the header says that it is")
+    if first == end:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(content, dtype=dtype, offset=start + first, count=math.prod(shape)).reshape(shape)
 
 
 def _plain(value: Any, tensors: dict[str, Tensor]) -> Any:

@@ -140,10 +140,12 @@ class Store:
                     _row_of(exploit),
                 )
 
-    def forget_exploits(self, interval: int) -> None:
-        """Let go of what was done after ``interval`` or later: it is decided again."""
+    def forget_exploits(self, interval: int, member: int | None = None) -> None:
+        """Let go of what was done after ``interval`` or later, to all or to one: it is decided again."""
         with self._transaction():
-            self._database.execute("DELETE FROM exploits WHERE interval >= ?", (interval,))
+            self._database.execute(
+                "DELETE FROM exploits WHERE interval >= ? AND member = IFNULL(?, member)", (interval, member)
+            )
 
     def reports(self) -> list[MemberReport]:
         """Return all reports, by interval and member."""

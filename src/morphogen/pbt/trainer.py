@@ -175,12 +175,15 @@ class PopulationTrainer:
         behind = [report for report in self._reports if report.interval == at[report.member]]
         self._put(behind, on_damage=self._lose)
         self._population.begin([birth for birth in self._population.births() if at[birth.member] == 0])
+        assert self._store is not None
         if together is None:
             events = [exploit.event + 1 for exploit in self._exploits]
             self._population.scheduler.load_state_dict({"num_decisions": max(events, default=0)})
+            self._exploits = [exploit for exploit in self._exploits if exploit.interval < latest[exploit.member]]
+            for member, interval in latest.items():  # snapshots are of the end of an interval: what was done after it is undone
+                self._store.forget_exploits(interval, member)
             return
         self._exploits = [exploit for exploit in self._exploits if exploit.interval < max(1, together)]
-        assert self._store is not None
         if 0 < together < self.config.num_intervals:
             self._store.forget_exploits(together)
             self._population.scheduler.load_state_dict({"num_decisions": together - 1})
@@ -292,7 +295,8 @@ class PopulationTrainer:
         if self._reports[-1].interval > population.places[0].interval:  # of a run that goes on: some have come further already
             scores = {(report.member, report.interval): report.score for report in self._reports}
             done = [dataclasses.replace(each, score_after=scores.get((each.member, each.interval + 1))) for each in done]
-        self._latest |= {exploit.member: len(self._exploits) + place for place, exploit in enumerate(done)}
+        new = {exploit.member: len(self._exploits) + place for place, exploit in enumerate(done) if exploit.score_after is None}
+        self._latest |= new
         self._exploits += done
         if self._store is not None and done:
             self._store.add_exploits(done)

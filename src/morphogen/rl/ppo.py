@@ -259,7 +259,7 @@ class PPO:
 
     def portable_snapshot(self) -> Snapshot:
         """Return what travels, moments included, as a snapshot; see :meth:`adopt`."""
-        return self._portable.state.capture()
+        return self._portable.state.capture(reuse=False)
 
     def adopt(self, snapshot: Snapshot, optimizer: AdoptStrategy = "reset", *, seed: int | None = None) -> None:
         """Take over another agent's ``portable_snapshot``: weights, normalisers, controllers, progress; moments as told.

@@ -117,6 +117,10 @@ class BufferPool:
         self._free: list[Tables] = []
         self._lock = threading.RLock()  # the garbage collector may give buffers back inside a `with` of this thread
 
+    def without_reuse(self) -> BufferPool:
+        """Return a pool that keeps nothing."""
+        return BufferPool(pinned=self._pinned, max_free=0)
+
     def snapshot(self, live: Tables, loose: trees.TensorTable, meta: Mapping[str, Any]) -> Snapshot:
         """Return a snapshot whose buffers hold a copy of ``live``; nothing of an older snapshot is touched."""
         tables = self._filled(live)

@@ -106,10 +106,12 @@ class TrainingState:
         """The gradient scalers by name; a single one has the empty name."""
         return self._parts.scalers
 
-    def capture(self) -> Snapshot:
+    def capture(self, *, reuse: bool = True) -> Snapshot:
         """Return a snapshot of every part. Shares no memory with the run; draws nothing; changes nothing.
 
-        Buffers of snapshots that were dropped are filled again, so capturing in a loop soon allocates nothing.
+        Args:
+            reuse: Buffers of snapshots that were dropped are filled again, so capturing in a loop soon allocates nothing.
+                False: they are made anew, and their memory is free once the snapshot is dropped; for many runs in a process.
 
         Raises:
             StateMismatch: A parameter of an optimizer belongs to no model (see :meth:`verify`).
@@ -141,7 +143,7 @@ class TrainingState:
             for name in parts.extras_of("stream", "state")
         }
         meta["generators"] = trees.encode(read_global_generators(), loose, "generators")
-        return self._pool.snapshot(live, loose, meta)
+        return (self._pool if reuse else self._pool.without_reuse()).snapshot(live, loose, meta)
 
     def restore(self, snapshot: Snapshot, optimizer: RestoreStrategy = "restore") -> None:
         """Put the run back to ``snapshot``, in place, all or nothing; gradients are cleared.

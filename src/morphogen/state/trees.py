@@ -137,8 +137,8 @@ def _decode_tensor(data: dict[str, Any], tensors: Mapping[str, Tensor]) -> objec
     tensor = tensors[data["name"]]
     if data[_TAG] == "tensor":
         return tensor.detach().clone()
-    raw = tensor.cpu().numpy().tobytes()
-    return np.frombuffer(raw, dtype=np.dtype(data["dtype"])).reshape(data["shape"]).copy()
+    raw = tensor.detach().cpu().contiguous().numpy().view(np.uint8)
+    return raw.view(np.dtype(data["dtype"])).reshape(data["shape"]).copy()
 
 
 _SCALARS: dict[str, Callable[[dict[str, Any]], object]] = {

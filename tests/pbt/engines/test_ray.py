@@ -16,9 +16,10 @@ import ray
 
 from morphogen.errors import MorphogenError
 from morphogen.pbt import PBTConfig, PopulationResult, PopulationTrainer
-from morphogen.pbt.engines.hosting import Birth
+from morphogen.pbt.engines.hosting import Birth, Succession
 from morphogen.pbt.engines.ray import RayEngine
 from morphogen.pbt.events import MemberExploited, MemberLost, MemberReported
+from morphogen.pbt.snapshots import read_snapshot
 from morphogen.testing.engine_members import START, troubled_member
 from morphogen.testing.engines import ENGINE_CHECKS, EngineCase
 
@@ -105,6 +106,22 @@ def test_asynchronous_members_leave_their_parameters(local_ray: None, settings: 
     result = PopulationTrainer(troubled_member, rules, "ray", directory=tmp_path).run()
     assert result.finished and len(result.reports) == 24
     assert result.exploits and not any(exploit.refused for exploit in result.exploits)
+
+
+@pytest.mark.slow
+def test_a_member_that_goes_on_can_be_read_before_it_reports_again(local_ray: None, tmp_path: Path) -> None:
+    engine = RayEngine(troubled_member, "score")
+    engine.begin([Birth(member, START, member) for member in (0, 1)])
+    engine.submit(0, 5)
+    assert engine.next(60) is not None
+    digest, _ = engine.save(0, str(tmp_path))
+    engine.begin([Birth(0, START, 0, read_snapshot(str(tmp_path), digest))])
+    engine.submit(0, 9, publish="copy")
+    parcel = engine.read(0, "copy")
+    assert parcel is not None and engine.take_over(Succession(1, START, 7, "copy"), parcel) == ""
+    assert engine.values(1)["num_steps"] == 5
+    assert engine.next(60) is not None and engine.values(0)["num_steps"] == 9
+    engine.close()
 
 
 @pytest.mark.slow

@@ -92,16 +92,16 @@ def test_a_population_outlives_a_node(cluster: Cluster, settings: Callable[..., 
 @pytest.mark.slow
 def test_parameters_on_a_dead_node_are_lost_and_whoever_wanted_them_is_not(cluster: Cluster) -> None:
     engine = RayEngine(heavy, "score", address=cluster.address)
-    births = [Birth(member, {"learning_rate": 0.5}, member) for member in range(3)]
+    births = [Birth(member, {"learning_rate": 0.5}, member) for member in range(4)]
     assert engine.begin(births) == {}
-    nodes = {member: node_of(engine, member) for member in range(3)}
+    nodes = {member: node_of(engine, member) for member in range(4)}
     (head,) = {*nodes.values()} - {cluster.worker_nodes.copy().pop().node_id}
     there = [member for member, node in nodes.items() if node != head]
     here = [member for member, node in nodes.items() if node == head]
-    assert there and here, "members are spread over the nodes"
-    parcels = {member: engine.read(member, "reset") for member in range(3)}
+    assert len(there) == len(here) == 2, "members are spread over the nodes"
+    parcels = {member: engine.read(member, "reset") for member in range(4)}
     kill_a_node(cluster)
-    successions = [Succession(member, {"learning_rate": 1.0}, 7, "reset") for member in range(3)]
+    successions = [Succession(member, {"learning_rate": 1.0}, 7, "reset") for member in range(4)]
     problem = engine.take_over(successions[here[0]], parcels[there[0]])
     assert problem == "the parameters that it was to take over were lost with their node"
     assert engine.take_over(successions[here[0]], parcels[here[-1]]) == ""

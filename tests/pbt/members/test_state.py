@@ -31,7 +31,7 @@ def member(state: TrainingState | None = None, **knobs: Any) -> StateMember:
         optimizer.step()
 
     def score() -> float:
-        return float(model[0].weight.square().sum())
+        return float(model[0].weight.detach().square().sum())
 
     return StateMember(state, step=step, score=score, knobs=knobs or {"lr": LearningRate(state)})
 

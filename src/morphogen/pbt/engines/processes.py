@@ -18,7 +18,7 @@ from morphogen.errors import CheckpointError, MorphogenError
 from morphogen.pbt.engines.hosting import Birth, Members, Outcome, Succession
 from morphogen.pbt.member import Factory
 from morphogen.pbt.records import Hyperparameters
-from morphogen.pbt.snapshots import from_bytes, to_bytes, write_snapshot
+from morphogen.pbt.snapshots import from_bytes, to_bytes, to_chunks, write_snapshot
 from morphogen.pbt.strategies import Strategy
 from morphogen.state.processes import available_cores
 
@@ -351,11 +351,14 @@ def _read(members: Members, order: tuple[int, Strategy]) -> tuple[str, int] | No
     values = members.read(*order)
     if values is None:
         return None
-    content = to_bytes(values)
-    memory = SharedMemory(create=True, size=len(content))
-    _view(memory)[: len(content)] = content
+    chunks = to_chunks(values)
+    memory = SharedMemory(create=True, size=sum(map(len, chunks)))
+    end = 0
+    for chunk in chunks:
+        start, end = end, end + len(chunk)
+        _view(memory)[start:end] = chunk
     memory.close()
-    return memory.name, len(content)
+    return memory.name, end
 
 
 def _take_over(members: Members, order: tuple[Succession, str, int]) -> str:
@@ -387,7 +390,7 @@ _COMMANDS: Mapping[Command, Any] = {
 def _content(name: str, num_bytes: int, *, unlink: bool = False) -> dict[str, Any]:
     memory = SharedMemory(name)
     try:
-        return from_bytes(bytes(_view(memory)[:num_bytes]))
+        return from_bytes(bytearray(_view(memory)[:num_bytes]))
     finally:
         memory.close()
         if unlink:

@@ -24,7 +24,7 @@ try:
 except ImportError as error:
     raise MorphogenError("Ray is not installed. Run: pip install 'morphogen[ray]'") from error
 
-_LEAST_CPUS = 0.001  # Ray spreads over the nodes only what asks for something
+_LEAST_CPUS = 0.001  # what asks for nothing Ray puts on any node; the rest it spreads
 _KNOCK_SECONDS = 10.0
 _CLOSING_SECONDS = 5.0
 _ray: Any = ray  # actors and their methods are made at run time: no type checker knows them

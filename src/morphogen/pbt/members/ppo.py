@@ -107,7 +107,7 @@ class PPOMember:
     def state_dict(self) -> dict[str, Any]:
         """Return everything that evolves: the agent, its environments, its live settings."""
         return {
-            "snapshot": self.agent.state.capture(),
+            "snapshot": self.agent.state.capture(reuse=False),
             "config": self.agent.config.model_dump(mode="json"),
             "inherited_returns": list(self._inherited_returns),
         }

@@ -75,7 +75,7 @@ class StateMember:
 
     def get_parameters(self, include_optimizer: bool = False) -> dict[str, Any]:
         """Return a snapshot of the run, and how far it came."""
-        return {"snapshot": self.state.capture(), "num_steps": self.num_steps}
+        return {"snapshot": self.state.capture(reuse=False), "num_steps": self.num_steps}
 
     def set_parameters(self, values: Mapping[str, Any]) -> None:
         """Take over another run; moments start anew, and streams stay."""
@@ -106,7 +106,7 @@ class StateMember:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that evolves."""
-        return {"snapshot": self.state.capture(), "num_steps": self.num_steps, "knobs": self.hyperparameters()}
+        return {"snapshot": self.state.capture(reuse=False), "num_steps": self.num_steps, "knobs": self.hyperparameters()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what ``state_dict`` returned."""
