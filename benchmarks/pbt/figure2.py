@@ -14,8 +14,9 @@ from theta = (0.9, 0.9) with h = (1, 0) and (0, 1). Arms:
 
 What is decided, and how h moves, is :class:`morphogen.pbt.PBTScheduler`'s; members are two lines of arithmetic. Set here, and
 not by the paper: learning rate 0.02, 200 steps, a decision every 4, h within [0, 1], reflected at the bounds, moving by a draw
-from N(0, 0.1). Members are compared by Q plus a draw from N(0, 1e-9), in every arm: the two are mirror images, would be equal to
-the last bit every other interval, and equal members never take each other over. Reported is Q of the better member at the end: median and range over seeds.
+from N(0, 0.1). Members are compared by Q plus a draw from N(0, 1e-9), in every arm: the two are mirror images, would be equal
+to the last bit every other interval, and equal members never take each other over. Reported is Q of the better member at the
+end, without that draw: median and range over seeds.
 
     python benchmarks/pbt/figure2.py [--seeds 400] [--quick] [--json PATH]
 """

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
-import resource
 import tempfile
 import threading
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -90,15 +91,21 @@ def run_own(options: argparse.Namespace) -> dict[str, Any]:
         directory = os.path.join(folder, "run") if options.durable else None
         workers = {"num_workers": options.workers} if options.engine == "processes" else None
         trainer = PopulationTrainer(make, config, options.engine, directory=directory, options=workers)
-        usage, started, own = Usage(), time.time(), os.times()
-        written = resource.getrusage(resource.RUSAGE_SELF).ru_oublock
+        usage, started, thread_started = Usage(), time.time(), time.thread_time()
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark of memory begins anew (Linux)
+        resident = memory("VmRSS")
         result = trainer.run()
-        seconds, now = time.time() - started, os.times()
-        written = resource.getrusage(resource.RUSAGE_SELF).ru_oublock - written
-    used = usage.end()
-    if options.engine == "inline":
-        used["cpu_seconds"] = now.user + now.system - own.user - own.system
-    return {**used, **facts(result, started), "seconds": seconds, "written_mb": written / 2048}
+        seconds, thread_seconds = time.time() - started, time.thread_time() - thread_started
+        used = usage.end()
+    if options.engine == "inline":  # without the thread that polls, and without missing what comes between two polls
+        used |= {"cpu_seconds": thread_seconds, "peak_mb": memory("VmHWM") - resident}
+    return {**used, **facts(result, started), "seconds": seconds}
+
+
+def memory(key: str) -> float:
+    """Return a line of /proc/self/status in MiB."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) / 1024
 
 
 def facts(result: PopulationResult, started: float) -> Mapping[str, float]:
@@ -124,7 +131,10 @@ def main() -> None:
     parser.add_argument("--folder", default=None)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    found = run_own(options)
+    if options.engine == "ray-tune":
+        found = importlib.import_module("overhead_ray").run_ray(options, Usage)
+    else:
+        found = run_own(options)
     print(json.dumps({"engine": options.engine, "intervals": options.intervals, **found}))
 
 

@@ -69,9 +69,7 @@ class TorchMember(StateMember):
         rows = int(megabytes * 2**20 / 4 / 2 / 256)
         self.model = nn.Embedding(rows, 256)
         optimizer = torch.optim.SGD(self.model.parameters(), lr=0.02, momentum=0.9)
-        self.model.weight.grad = torch.zeros_like(self.model.weight)
-        optimizer.step()  # there are moments from now on
-        self.model.weight.grad = None
+        optimizer.state[self.model.weight]["momentum_buffer"] = torch.zeros_like(self.model.weight)
         self._chance = RandomStreams(seed).numpy("noise")
         self._noise, self.steps_run = noise, 0
         state = TrainingState(self.model, optimizer, extras={"noise": self._chance})
