@@ -168,6 +168,14 @@ def test_chance_hangs_on_the_number_of_the_decision_and_not_on_the_order_of_reco
     assert len({tuple(each.sources[0].member for each in event) for event in decided}) > 1
 
 
+def test_members_that_take_over_the_same_one_move_apart_and_each_hyperparameter_by_itself() -> None:
+    scheduler = PBTScheduler(config(truncation_ratio=0.5, explore_method="resample"))
+    records = population(scheduler, [0.0] * 4 + [1.0] + [0.5] * 3)
+    (first, second, *_), _ = [scheduler.decide(records) for _ in range(2)]
+    values = [each.sources[0].hyperparameters for each in (first, second)]
+    assert values[0]["lr"] != values[1]["lr"] and values[0]["gamma"] != values[1]["gamma"]
+
+
 def test_decisions_about_one_do_not_hang_on_who_else_is_asked_about() -> None:
     together, alone = (PBTScheduler(config(seed=2, truncation_ratio=0.5)) for _ in range(2))
     both = {decision.member: decision for decision in together.decide(rise(together))}
