@@ -149,7 +149,8 @@ def main() -> None:
     if path is not None:
         versions = {"morphogen": __version__, "python": platform.python_version()}
         load = [round(value, 1) for value in os.getloadavg()]
-        content = {"command": "python benchmarks/pbt/overhead.py", **versions, "load_at_the_end": load, "cores": os.cpu_count()}
+        command = f"python benchmarks/pbt/overhead.py --intervals {options.intervals} --ray-intervals {options.ray_intervals}"
+        content = {"command": command, **versions, "load_at_the_end": load, "cores": os.cpu_count()}
         path.write_text(json.dumps({**content, "rows": rows, "checks": checks}, indent=1) + "\n")
         print(f"written to {path}")
 

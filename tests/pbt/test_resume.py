@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 import os
 import random
 import signal
@@ -17,7 +19,7 @@ import pytest
 
 from morphogen.errors import MorphogenError
 from morphogen.pbt import PBTConfig, PopulationResult, PopulationTrainer
-from morphogen.pbt.events import MemberExploited, MemberLost, MemberReported
+from morphogen.pbt.events import MemberExploited, MemberLost, MemberReported, PopulationReconfigured
 from morphogen.pbt.snapshots import SUFFIX
 from morphogen.telemetry.events import Event
 from morphogen.testing.engine_members import troubled_member
@@ -210,6 +212,39 @@ def test_another_config_is_refused_with_the_difference(settings: Settings, whole
     with pytest.raises(MorphogenError, match=r"another config: min_gap: 0.0 -> 0.5; seed: 3 -> 4"):
         PopulationTrainer(troubled_member, settings(seed=4, min_gap=0.5), directory=tmp_path / "whole")
     assert PopulationTrainer(troubled_member, settings(), directory=tmp_path / "whole").run().finished
+
+
+def test_a_change_that_was_asked_for_is_made_and_said(settings: Settings, facts_of: Any, tmp_path: Path) -> None:
+    longer, path, events = settings(total_steps=21), tmp_path / "run", list[Event]()
+    uninterrupted = PopulationTrainer(troubled_member, longer).run()
+    assert PopulationTrainer(troubled_member, settings(), directory=path).run().finished
+    with pytest.raises(MorphogenError, match=r"total_steps: 12 -> 21\. .*or accept the change"):
+        PopulationTrainer(troubled_member, longer, directory=path)
+    trainer = PopulationTrainer(troubled_member, longer, directory=path, accept_changes=True, emit=events.append)
+    assert facts_of(trainer.run()) == facts_of(uninterrupted)
+    said = [event for event in events if isinstance(event, PopulationReconfigured)]
+    assert [event.changes for event in said] == [("total_steps: 12 -> 21",)] and said[0].config["total_steps"] == 21
+    assert facts_of(PopulationTrainer(troubled_member, longer, directory=path).run()) == facts_of(uninterrupted)
+
+
+def test_what_members_were_trained_with_cannot_change_whoever_asks(settings: Settings, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    assert PopulationTrainer(troubled_member, settings(total_steps=10), directory=path).run().finished
+    for changed, what in (({"seed": 4}, "seed: 3 -> 4"), ({"total_steps": 20}, "total_steps: 10 -> 20, as the last interval")):
+        with pytest.raises(MorphogenError, match=rf"another config: {what}.*Use that config, or a new directory\.$"):
+            config = settings(**{"total_steps": 10, "min_gap": 0.5, **changed})
+            PopulationTrainer(troubled_member, config, directory=path, accept_changes=True)
+    assert PopulationTrainer(troubled_member, settings(total_steps=10), directory=path).run().finished
+
+
+def test_a_process_that_dies_while_its_member_is_saved_is_replaced(settings: Settings, tmp_path: Path) -> None:
+    factory = functools.partial(troubled_member, troubles={2: "dies when saved"})
+    trainer = PopulationTrainer(factory, settings(), "processes", directory=tmp_path / "run", options={"num_workers": 2})
+    result = trainer.run()
+    assert result.finished
+    died = {report.member for report in result.reports if report.problem}
+    assert 2 in died and {report.interval for report in result.reports if report.problem} == {2}
+    assert all(math.isfinite(report.score) for report in result.reports if report.interval == 4)
 
 
 def test_a_file_that_is_no_population_is_refused(settings: Settings, tmp_path: Path) -> None:

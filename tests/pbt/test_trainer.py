@@ -120,6 +120,16 @@ def test_a_member_that_hangs_past_the_deadline_is_given_up(settings: Settings) -
     assert all(math.isfinite(report.score) for report in result.reports if report.interval == 4)
 
 
+def test_the_deadline_is_of_the_clock_that_was_given(settings: Settings) -> None:
+    asked = iter(range(10**9))  # an hour passes at each glance
+    config, factory = settings(straggler_deadline=86_400.0), with_trouble(m2="hangs")
+    trainer = PopulationTrainer(factory, config, "processes", options=PROCESSES, clock=lambda: 3600.0 * next(asked))
+    result = trainer.run()
+    assert result.finished
+    late = [report for report in result.reports if "was not back after 86400 s" in report.problem]
+    assert 2 in {report.member for report in late}
+
+
 def test_nobody_left_is_an_error_that_says_why(settings: Settings) -> None:
     everybody = {f"m{member}": "raises" for member in range(5)}
     with pytest.raises(PopulationLost, match="no member is left .*this one is broken"):

@@ -20,13 +20,14 @@ from safetensors.torch import load_file
 
 from morphogen.errors import CheckpointError, MorphogenError
 from morphogen.pbt import Exploit, MemberReport, PopulationLost
+from morphogen.pbt.changes import differences
 from morphogen.pbt.snapshots import from_bytes, to_bytes
 from morphogen.pbt.store import Store
 from morphogen.recipes.pbt import PBTJobResult, resume_population, train_population
 from morphogen.recipes.pbt_config import PBTJobConfig
 from morphogen.recipes.pbt_members import AgentFactory
 from morphogen.recipes.pbt_replay import replay_run
-from morphogen.recipes.pbt_results import differences, schedule_of
+from morphogen.recipes.pbt_results import schedule_of
 from morphogen.recipes.policy_file import FILE_NAME, load_policy
 from morphogen.rl.ppo import PPO
 from morphogen.telemetry.events import Json
@@ -262,6 +263,41 @@ def test_a_job_goes_on_with_another_engine_but_with_no_other_config(tmp_path: Pa
     (out / "config.yaml").write_text(yaml.safe_dump({**config, "engine": "processes", "num_workers": 1}))
     assert resume_population(out).finished
     assert tables_of(out) == tables_of(whole.directory)
+
+
+def test_a_finished_job_goes_on_for_longer_where_it_is_asked_to(tmp_path: Path, whole: PBTJobResult) -> None:
+    out = tmp_path / "run"
+    assert train_population(SMALL, out).finished
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    steps = config["pbt"]["total_steps"]
+    longer = {**config, "pbt": {**config["pbt"], "total_steps": 2 * steps}}
+    (out / "config.yaml").write_text(yaml.safe_dump(longer))
+    assert resume_population(out).finished  # it is done, and nothing is asked for
+    with pytest.raises(MorphogenError, match=rf"`ppo.schedule_steps` must be {steps}: .*new run"):
+        resume_population(out, accept_changes=True)
+    (out / "config.yaml").write_text(yaml.safe_dump({**longer, "ppo": {**config["ppo"], "schedule_steps": steps}}))
+    result = resume_population(out, accept_changes=True)
+    assert result.finished
+    expected = train_population(
+        SMALL.replace(pbt={**POPULATION, "total_steps": 2 * steps}, ppo={**config["ppo"], "schedule_steps": steps}),
+        tmp_path / "expected",
+    )
+    assert (result.best, result.score, result.hyperparameters) == (expected.best, expected.score, expected.hyperparameters)
+    assert replay_run(out).is_same
+    events = [record["event"] for record in read_records(out / "events.jsonl").records]
+    assert events.count("PopulationReconfigured") == 1 and events.count("PopulationFinished") == 1
+
+
+def test_a_change_is_refused_unless_asked_for(tmp_path: Path, whole: PBTJobResult) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(PowerCut):
+        train_population(SMALL, out, sinks=(At("MemberReported", 5, cut_power),))
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    (out / "config.yaml").write_text(yaml.safe_dump({**config, "pbt": {**config["pbt"], "min_gap": 1.0}}))
+    with pytest.raises(MorphogenError, match=r"pbt\.min_gap: 0\.0 -> 1\.0\. .*--accept-changes"):
+        resume_population(out)
+    assert resume_population(out, accept_changes=True).finished
+    assert resume_population(out).finished
 
 
 def test_a_job_under_way_is_not_run_twice(tmp_path: Path) -> None:

@@ -178,6 +178,8 @@ class Resume:
 
     run: Positional[Annotated[Path, arg(metavar="RUN")]]
     """Its directory."""
+    accept_changes: bool = False
+    """Of a population: go on although config.yaml was changed, as far as that is possible."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

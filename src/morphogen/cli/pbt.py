@@ -35,7 +35,7 @@ def resume(command: Resume) -> int:
     torch.set_num_threads(1)
     directory, config = RunDirectory.open(command.run, PBTJobConfig)
     before = read_records(directory.events).records if directory.events.exists() else ()
-    return _conclude(resume_population(command.run, sinks=(_sink(config, before),)))
+    return _conclude(resume_population(command.run, accept_changes=command.accept_changes, sinks=(_sink(config, before),)))
 
 
 def _config(command: PBT) -> PBTJobConfig:

@@ -19,6 +19,8 @@ def resume(command: Resume) -> int:
     job = RunDirectory(command.run).read_job()
     if job not in _JOBS:
         raise ValueError(f"{command.run}: `job` in config.yaml must be one of {', '.join(_JOBS)}, got {job!r}. Restore it.")
+    if command.accept_changes and job != "pbt":
+        raise ValueError(f"`--accept-changes` must be left out: no setting of a job `{job}` can change once it has begun.")
     return importlib.import_module(f"morphogen.cli.{job}").resume(command)
 
 

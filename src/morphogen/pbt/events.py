@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from morphogen.telemetry.events import Event
+from morphogen.telemetry.events import Event, Json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,3 +88,18 @@ class SourceRefused(Event):
     member: int
     source: int
     reason: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PopulationReconfigured(Event):
+    """A run went on with settings other than those before, as it was asked to.
+
+    Attributes:
+        changes: Setting by setting, in words.
+        total_steps: Steps of each member, now.
+        config: All settings of the population, now.
+    """
+
+    changes: tuple[str, ...]
+    total_steps: int
+    config: Mapping[str, Json]

@@ -325,5 +325,7 @@ def _one_of(values: Any, generator: np.random.Generator) -> Value:
 def _reflected(value: float, low: float, high: float) -> float:
     """Return ``value`` mirrored at the bounds until it is between them."""
     width = high - low
+    if width == 0.0:  # neighbouring numbers, which a scale does not tell apart
+        return low
     offset = (value - low) % (2.0 * width)
     return low + min(offset, 2.0 * width - offset)

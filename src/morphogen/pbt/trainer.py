@@ -9,16 +9,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from morphogen.errors import CheckpointError, MorphogenError
 from morphogen.pbt import engines
+from morphogen.pbt.changes import differences, fixed_differences
 from morphogen.pbt.config import PBTConfig
 from morphogen.pbt.engines.base import Engine
 from morphogen.pbt.engines.hosting import Birth, Outcome
-from morphogen.pbt.events import MemberLost
+from morphogen.pbt.events import MemberLost, PopulationReconfigured
 from morphogen.pbt.history import Exploit, MemberReport
 from morphogen.pbt.member import Factory
 from morphogen.pbt.population import Place, Population
@@ -26,6 +28,9 @@ from morphogen.pbt.selection import ranked
 from morphogen.pbt.snapshots import read_snapshot
 from morphogen.pbt.store import FORMAT, Store
 from morphogen.telemetry.events import Emit, discard
+
+_GLANCE_SECONDS = 1.0
+"""How long to wait for members at a time before looking at the clock again."""
 
 
 class PopulationLost(MorphogenError):
@@ -65,11 +70,14 @@ class PopulationTrainer:
         engine: "inline", "processes" or "ray", or an engine of one's own.
         directory: Where reports, decisions and snapshots are kept, so that a killed run can go on; None: in memory alone.
         options: Of the engine, for example ``{"num_workers": 2}``; see :mod:`morphogen.pbt.engines`.
+        accept_changes: Go on in a directory although its run had other settings of those in
+            :data:`~morphogen.pbt.changes.CHANGEABLE`; decisions that were carried out stay as they are.
+        clock: Seconds by which ``straggler_deadline`` is measured.
         emit: Receives events.
 
     Raises:
         ValueError: There is no such engine, or a setting would have no effect on it.
-        MorphogenError: The directory is in use or cannot be written, or holds another run.
+        MorphogenError: The directory is in use or cannot be written, or holds a run with another config.
 
     Example:
         >>> from morphogen.pbt import FunctionMember
@@ -93,23 +101,26 @@ class PopulationTrainer:
         *,
         directory: str | Path | None = None,
         options: Mapping[str, Any] | None = None,
+        accept_changes: bool = False,
+        clock: Callable[[], float] = time.monotonic,
         emit: Emit = discard,
     ) -> None:
         """Make engine and directory; members are made by :meth:`run`."""
         self.config = config
         self._engine = engines.make(engine, member_factory, config, options or {})
-        self._emit = emit
+        self._emit, self._clock = emit, clock
         self._population = Population(config, self._engine, emit)
         self._reports: list[MemberReport] = []
         self._exploits: list[Exploit] = []
         self._latest: dict[int, int] = {}  # member -> place of its exploit whose outcome is not known yet
         self._stop = False
         self._given_up: list[Outcome] = []
+        self._changes: tuple[str, ...] = ()
         self._store: Store | None = None
         if directory is not None:
             try:
                 self._store = Store(Path(directory))
-                self._claim(self._store)
+                self._claim(self._store, accept_changes)
             except BaseException:
                 self.close()
                 raise
@@ -142,7 +153,7 @@ class PopulationTrainer:
 
     # -- beginning --------------------------------------------------------------------------------------------------
 
-    def _claim(self, store: Store) -> None:
+    def _claim(self, store: Store, accept_changes: bool) -> None:
         """See that the directory is new, or of the same run."""
         mine, theirs = self.config.model_dump(mode="json"), store.fact("config")
         if theirs is None:
@@ -150,14 +161,28 @@ class PopulationTrainer:
             return
         if store.fact("format") != FORMAT:
             raise CheckpointError(f"{store.path}: must be of the format {FORMAT}, got {store.fact('format')}.")
-        differences = [f"{name}: {theirs.get(name)!r} -> {mine[name]!r}" for name in mine if mine[name] != theirs.get(name)]
-        if differences:
+        changed = differences(theirs, mine)
+        if not changed:
+            return
+        done = max((report.interval for report in store.reports()), default=0)
+        fixed = fixed_differences(theirs, mine, done)
+        if fixed or not accept_changes:
+            hint = "Use that config, or a new directory."
+            if not fixed:
+                hint = f"{hint[:-1]}, or accept the change."
             raise MorphogenError(
-                f"{store.path}: holds a run with another config: {'; '.join(differences)}. Use that config, or a new directory."
+                f"{store.path}: holds a run with another config: {'; '.join(fixed if accept_changes else changed)}. {hint}"
             )
+        store.note(config=mine)
+        self._changes = tuple(changed)
 
     def _begin(self) -> None:
         population = self._population
+        if self._changes:
+            config = self.config.model_dump(mode="json")
+            self._emit(
+                PopulationReconfigured(step=0, changes=self._changes, total_steps=self.config.total_steps, config=config)
+            )
         if self._store is not None:
             self._reports, self._exploits = self._store.reports(), self._store.exploits()
         if self._reports:
@@ -259,12 +284,19 @@ class PopulationTrainer:
         """Return what came of one of the orders; those that do not come back in time are given up."""
         if self._given_up:
             return self._given_up.pop()
-        outcome = self._engine.next(self.config.straggler_deadline)
-        if outcome is not None:
+        deadline = self.config.straggler_deadline
+        if deadline is None:
+            outcome = self._engine.next()
+            assert outcome is not None
             return outcome
+        started = self._clock()
+        while (remaining := started + deadline - self._clock()) > 0:
+            outcome = self._engine.next(min(remaining, _GLANCE_SECONDS))
+            if outcome is not None:
+                return outcome
         late = [place.member for place in training]
         self._engine.end(late)
-        problem = f"was not back after {self.config.straggler_deadline:g} s"
+        problem = f"was not back after {deadline:g} s"
         targets = [Outcome(member, self._population.target(self._population.places[member]), None, problem) for member in late]
         self._given_up = targets[1:]
         return targets[0]
@@ -272,7 +304,11 @@ class PopulationTrainer:
     def _report(self, outcome: Outcome) -> Place:
         place, snapshot, num_bytes = self._population.places[outcome.member], None, 0
         if self._store is not None and outcome.trained is not None:
-            snapshot, num_bytes = self._engine.save(outcome.member, self._store.folder)
+            saved = self._engine.save(outcome.member, self._store.folder)
+            if saved is None:
+                outcome = dataclasses.replace(outcome, trained=None, problem="its process died while it was saved")
+            else:
+                snapshot, num_bytes = saved
         report = self._population.reported(outcome, snapshot)
         self._reports.append(report)
         if self._store is not None:

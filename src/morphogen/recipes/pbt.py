@@ -12,12 +12,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from morphogen import tasks
 from morphogen.errors import MorphogenError
 from morphogen.pbt import engines
+from morphogen.pbt.changes import differences
 from morphogen.pbt.engines.base import Engine
 from morphogen.pbt.scheduler import PBTScheduler
 from morphogen.pbt.spaces import Categorical, Ordered
@@ -29,7 +31,7 @@ from morphogen.recipes.pbt_config import PBTJobConfig
 from morphogen.recipes.pbt_events import PopulationFaulted, PopulationFinished, PopulationStarted
 from morphogen.recipes.pbt_log import cut_back
 from morphogen.recipes.pbt_members import AgentFactory
-from morphogen.recipes.pbt_results import best_report, differences, save_best, summary_of
+from morphogen.recipes.pbt_results import best_report, save_best, summary_of
 from morphogen.recipes.run_directory import RunDirectory
 from morphogen.recipes.versions import versions
 from morphogen.telemetry.bus import EventBus
@@ -85,8 +87,14 @@ def train_population(config: PBTJobConfig, out: Path | None = None, *, sinks: tu
         return _run(_Sitting(config, engine, directory, is_first=True), sinks)
 
 
-def resume_population(path: Path, *, sinks: tuple[Sink, ...] = ()) -> PBTJobResult:
+def resume_population(path: Path, *, accept_changes: bool = False, sinks: tuple[Sink, ...] = ()) -> PBTJobResult:
     """Go on with a killed or interrupted job; one that is synchronous comes to the same on a CPU, bit by bit.
+
+    Args:
+        path: Its directory.
+        accept_changes: Go on although ``config.yaml`` says something else than when it began, as far as settings of `pbt` can
+            change in a population that has begun; a finished job goes on if it has further steps to do.
+        sinks: Further sinks, for example the console's.
 
     Raises:
         MorphogenError: There is no run at ``path``, its files are damaged, it is under way, or ``config.yaml`` says something
@@ -94,13 +102,13 @@ def resume_population(path: Path, *, sinks: tuple[Sink, ...] = ()) -> PBTJobResu
     """
     directory, config = RunDirectory.open(path, PBTJobConfig)
     summary = directory.read_summary()
-    if summary.get("finished"):
+    if summary.get("finished") and not accept_changes:
         write_report(path)
         best = summary["best"]
         return PBTJobResult(path, True, best["member"], float(best["score"]), best["hyperparameters"], summary["policy"])
     check(config)
     with contextlib.closing(_engine(config)) as engine:
-        return _run(_Sitting(config, engine, directory, is_first=_start_in(directory) is None), sinks)
+        return _run(_Sitting(config, engine, directory, _start_in(directory) is None, accept_changes), sinks)
 
 
 def check(config: PBTJobConfig) -> None:
@@ -132,6 +140,7 @@ class _Sitting:
     engine: Engine
     directory: RunDirectory
     is_first: bool
+    accept_changes: bool = False
 
 
 def _run(sitting: _Sitting, sinks: tuple[Sink, ...]) -> PBTJobResult:
@@ -140,7 +149,12 @@ def _run(sitting: _Sitting, sinks: tuple[Sink, ...]) -> PBTJobResult:
     if not sitting.is_first:
         _take_up(sitting)
     trainer = PopulationTrainer(
-        _factory(config), config.pbt, sitting.engine, directory=directory.path, emit=lambda event: bus.emit(event)
+        _factory(config),
+        config.pbt,
+        sitting.engine,
+        directory=directory.path,
+        accept_changes=sitting.accept_changes,
+        emit=lambda event: bus.emit(event),
     )
     with contextlib.closing(trainer):  # the directory is this process's from here on
         bus = EventBus([JsonlSink(directory.events), TensorBoardSink(directory.path / "tensorboard"), *sinks])
@@ -190,19 +204,44 @@ def _conclude(sitting: _Sitting, result: PopulationResult, bus: EventBus) -> str
 def _take_up(sitting: _Sitting) -> None:
     """Refuse another config than that of the run, and cut the log back to what the directory holds."""
     config, directory = sitting.config, sitting.directory
-    before, now = mapping_in(_start_in(directory) or {}, "config"), config.model_dump(mode="json")
-    changed = differences(
-        {name: value for name, value in before.items() if name not in _ANY_ENGINE},
-        {name: value for name, value in now.items() if name not in _ANY_ENGINE},
-    )
-    if changed:
-        raise MorphogenError(
-            f"{directory.config}: is not the config of this run: {'; '.join(changed)}. Put it back, or begin a new run with "
-            f"`morphogen pbt --config {directory.config} --out NEW`."
-        )
     with Store(directory.path) as store:
+        _refuse_changes(sitting, mapping_in(_start_in(directory) or {}, "config"), store.fact("config"))
         reports, exploits = store.reports(), store.exploits()
         cut_back(directory.events, reports, exploits, synchronous=config.pbt.synchronous)
+
+
+def _refuse_changes(sitting: _Sitting, start: Mapping[str, Any], population: Mapping[str, Any] | None) -> None:
+    """Refuse what cannot change; what can, unless it was asked for. Schedules of the agents may be told in another way.
+
+    Args:
+        sitting: With the config as it is now.
+        start: The config that the job began with.
+        population: That of the population when it last went on; None if it never began.
+
+    Raises:
+        MorphogenError: Something was changed.
+    """
+    config, where = sitting.config, sitting.directory.config
+    now, before = config.model_dump(mode="json"), dict(start)
+    if population is not None:
+        now["pbt"], before["pbt"] = config.pbt.model_dump(mode="json"), population
+    old_agent = PBTJobConfig(**start).agent()
+    is_same_agent = config.agent() == old_agent
+    ignored = {*_ANY_ENGINE, *(["ppo"] if is_same_agent else [])}
+    then, today = ({name: value for name, value in each.items() if name not in ignored} for each in (before, now))
+    changed = differences(then, today)
+    fixed = [change for change in changed if not change.startswith("pbt.")]
+    if not changed:
+        return
+    again = f"begin a new run with `morphogen pbt --config {where} --out NEW`"
+    if fixed or not sitting.accept_changes:
+        also = "" if fixed else f", go on with them by `morphogen resume {sitting.directory.path} --accept-changes`"
+        raise MorphogenError(f"{where}: is not the config of this run: {'; '.join(changed)}. Put it back{also}, or {again}.")
+    if not is_same_agent:
+        raise MorphogenError(
+            f"{where}: `ppo.schedule_steps` must be {old_agent.schedule_steps}: the members' schedules end there, and not "
+            f"after {config.pbt.total_steps} steps. Set it, or {again}."
+        )
 
 
 def _start_in(directory: RunDirectory) -> Record | None:

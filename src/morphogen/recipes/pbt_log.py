@@ -11,7 +11,7 @@ from morphogen.pbt.history import Exploit, MemberReport
 from morphogen.recipes.run_directory import write_bytes
 from morphogen.telemetry.jsonl import read_records
 
-_KEPT = ("PopulationStarted", "PopulationFaulted")
+_KEPT = ("PopulationStarted", "PopulationReconfigured", "PopulationFaulted")
 
 
 def cut_back(log: Path, reports: Sequence[MemberReport], exploits: Sequence[Exploit], *, synchronous: bool) -> None:

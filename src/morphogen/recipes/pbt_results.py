@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
-import math
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +19,7 @@ from morphogen.recipes.pbt_members import AgentFactory, growth_of
 from morphogen.recipes.policy_file import FILE_NAME, save_policy
 from morphogen.recipes.run_directory import RunDirectory, write_text
 from morphogen.rl.ppo import PPO
-from morphogen.telemetry.events import Json, to_json
+from morphogen.telemetry.events import to_json
 
 SCHEDULE = "schedule.yaml"
 """What the schedule is called in a run directory."""
@@ -142,24 +140,3 @@ def summary_of(config: PBTJobConfig, result: PopulationResult, *, policy: str, w
         "wall_seconds": wall_seconds,
     }
     return cast("dict[str, Any]", to_json(summary))
-
-
-def differences(before: Mapping[str, Json], now: Mapping[str, Json], where: str = "") -> list[str]:
-    """Return what differs between two configs as plain data, setting by setting.
-
-    Example:
-        >>> differences({"pbt": {"seed": 0}, "env": "A"}, {"pbt": {"seed": 1}, "env": "A"})
-        ['pbt.seed: 0 -> 1']
-    """
-    found: list[str] = []
-    for name in dict.fromkeys(itertools.chain(before, now)):
-        old, new = before.get(name), now.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += differences(old, new, f"{where}{name}.")
-        elif old != new and not (_is_nan(old) and _is_nan(new)):
-            found.append(f"{where}{name}: {old!r} -> {new!r}")
-    return found
-
-
-def _is_nan(value: Json) -> bool:
-    return isinstance(value, float) and math.isnan(value)

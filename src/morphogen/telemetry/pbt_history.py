@@ -139,7 +139,7 @@ def history_of(records: Sequence[Record]) -> History:
     return History(
         population_size=_whole(start, "population_size"),
         interval_steps=_whole(start, "interval_steps"),
-        total_steps=_whole(start, "total_steps"),
+        total_steps=_whole(last_of(records, "PopulationReconfigured") or start, "total_steps"),
         sign=-1.0 if start.get("mode") == "min" else 1.0,
         reports=reports,
         takeovers=tuple(_takeover(record, reports) for record in exploited.values()),

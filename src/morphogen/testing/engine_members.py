@@ -31,8 +31,9 @@ class TroubledMember(StateMember):
 
     Args:
         seed: Of its weights and its data.
-        trouble: What goes wrong at step ``at_step``, and only then: "raises", "is NaN", "hangs", "dies". Or all the time: "not
-            born", "ignores" hyperparameters, "keeps" its parameters to itself. "" for nothing.
+        trouble: What goes wrong at step ``at_step``, and only then: "raises", "is NaN", "hangs", "dies",
+            "dies when saved" after it. Or all the time: "not born", "ignores" hyperparameters, "keeps" its parameters to
+            itself. "" for nothing.
         at_step: When.
     """
 
@@ -60,6 +61,12 @@ class TroubledMember(StateMember):
     def apply_hyperparameters(self, values: Hyperparameters) -> dict[str, Any]:
         """Use ``values``; one that "ignores" them does not."""
         return super().apply_hyperparameters({} if self._trouble == "ignores" else values)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that evolves."""
+        if self._trouble == "dies when saved" and self.num_steps == self._at_step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().state_dict()
 
     def _learn(self) -> None:
         if self.num_steps == self._at_step:

@@ -370,7 +370,9 @@ def _succeed(case: EngineCase, engine: Engine, member: int, parcel: Any, *, stra
 
 def _saved(engine: Engine, member: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        digest, num_bytes = engine.save(member, folder)
+        saved = engine.save(member, folder)
+        assert saved is not None, f"member {member} must be saved, but its process died."
+        digest, num_bytes = saved
         (name,) = os.listdir(folder)
         size = os.path.getsize(os.path.join(folder, name))
         assert name.startswith(digest) and size == num_bytes, f"{name} must be {digest} of {num_bytes} bytes, has {size}."

@@ -22,8 +22,8 @@ def test_processes_conform(check: Callable[[EngineCase], None]) -> None:
     check(CASE)
 
 
-def segments() -> set[str]:
-    return {file.name for file in Path("/dev/shm").glob("psm_*")}
+def is_there(segment: str) -> bool:
+    return (Path("/dev/shm") / segment).exists()
 
 
 def begun(num_workers: int) -> ProcessesEngine:
@@ -34,19 +34,20 @@ def begun(num_workers: int) -> ProcessesEngine:
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="shared memory is not seen as files here")
 def test_shared_memory_is_given_back() -> None:
-    before = segments()
     engine = begun(2)
     parcel = engine.read(0, "copy")
-    assert parcel is not None and len(segments() - before) == 1
+    assert parcel is not None and is_there(parcel.name)
+    name = parcel.name
     del parcel
-    assert segments() == before
+    assert not is_there(name)
     for member in range(3):
         engine.submit(member, 2, publish="copy")
     for _ in range(3):
         assert engine.next(60.0) is not None
-    assert len(segments() - before) == 3
+    published = {parcel.name for parcel in (engine.read(member, "copy") for member in range(3)) if parcel is not None}
+    assert len(published) == 3 and all(map(is_there, published))
     engine.close()
-    assert segments() == before
+    assert not any(map(is_there, published))
 
 
 def test_a_worker_that_dies_between_orders_is_noticed_and_replaced() -> None:

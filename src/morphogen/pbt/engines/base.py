@@ -71,8 +71,10 @@ class Engine(Protocol):
         """Let a member use other values; returns what went wrong, "" if nothing."""
         ...
 
-    def save(self, member: int, folder: str) -> tuple[str, int]:
+    def save(self, member: int, folder: str) -> tuple[str, int] | None:
         """Write all of a member into a file in ``folder``; returns its digest, which is its name, and its bytes.
+
+        None if its process died meanwhile: the member is lost.
 
         Raises:
             MorphogenError: The disk refused, or the member's state is not data.

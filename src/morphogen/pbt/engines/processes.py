@@ -159,12 +159,10 @@ class ProcessesEngine:
         answer = self._ask(member % self._num_workers, "explore", (member, dict(hyperparameters)))
         return _DIED if answer is _Dead else answer
 
-    def save(self, member: int, folder: str) -> tuple[str, int]:
+    def save(self, member: int, folder: str) -> tuple[str, int] | None:
         """Let the worker write all of a member."""
         answer = self._ask(member % self._num_workers, "save", (member, folder))
-        if answer is _Dead:
-            raise MorphogenError(f"member {member}: its process died while it was saved. Resume the run.")
-        return answer
+        return None if answer is _Dead else answer
 
     def end(self, members: Collection[int]) -> set[int]:
         """End members: workers that train one of them are killed, with all they hold."""

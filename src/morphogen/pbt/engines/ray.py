@@ -220,12 +220,10 @@ class RayEngine:
         """Let a member use other values."""
         return self._asked(member, "explore", member, dict(hyperparameters))
 
-    def save(self, member: int, folder: str) -> tuple[str, int]:
+    def save(self, member: int, folder: str) -> tuple[str, int] | None:
         """Write all of a member, which its actor sends."""
         content = self._got(member, self._actors[member].handle.save.remote(member)) if member in self._actors else None
-        if content is None:
-            raise MorphogenError(f"member {member}: its actor died before it was saved. Resume the run.")
-        return write_bytes(content, folder)
+        return None if content is None else write_bytes(content, folder)
 
     def _leave(self, member: int, optimizer: Strategy) -> tuple[Any, Any]:
         """Let a member leave its parameters; returns references: to whether it did, and to them."""
