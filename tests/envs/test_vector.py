@@ -111,6 +111,7 @@ def test_nothing_can_be_done_before_a_reset() -> None:
         ({"reward": "shapd"}, "Did you mean '?shaped"),
         ({"tick_step": 3}, "Did you mean `tick_steps`"),
         ({"num_workers": 2}, '`num_workers` must be left out with the executor "inline"'),
+        ({"worker_deadline_seconds": 2.0}, '`worker_deadline_seconds` must be left out with the executor "inline"'),
         ({"num_workers": 3, "executor": "processes"}, "`num_workers` must be at most num_envs, 2, got 3"),
         ({"slots": ("block1", "block2", "block3")}, "got 'block3'. Did you mean 'block"),
         ({"slots": ("block1", "block1")}, "each growth point once"),

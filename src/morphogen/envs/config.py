@@ -21,7 +21,7 @@ Executors = Literal["inline", "processes"]
 EXECUTORS: tuple[Executors, ...] = get_args(Executors)
 
 GOVERNOR = GovernorConfig(
-    snapshot_every=4,
+    snapshot_every=8,
     probation_steps=2,
     skip_window_steps=0,
     explosion=ExplosionConfig(window_steps=32, lag_steps=2, min_steps=8, lone_run_steps=2),
@@ -42,6 +42,8 @@ class GrowthEnvConfig(Config):
         measure_test: Measure the test split where an episode ends. For evaluation alone.
         executor: "inline": one environment after the other in this process. "processes": shared out over workers.
         num_workers: Processes, for "processes" alone; None for one for each core, at most one for each environment.
+        worker_deadline_seconds: For "processes" alone: how long a worker may take for a step, a reset, or to come back to where
+            it was, before it is killed and replaced; None to wait for ever.
         device: Where to train.
         newborn: Optimisation of newborn seeds.
         growth: Slots and gates.
@@ -57,6 +59,7 @@ class GrowthEnvConfig(Config):
     measure_test: bool = False
     executor: Executors = "inline"
     num_workers: int | None = Field(default=None, ge=1)
+    worker_deadline_seconds: float | None = Field(default=None, gt=0.0)
     device: str = "cpu"
     newborn: NewbornConfig = NewbornConfig()
     growth: GrowthConfig = GrowthConfig()
@@ -78,8 +81,9 @@ class GrowthEnvConfig(Config):
 
     @model_validator(mode="after")
     def _has_effect(self) -> Self:
-        if self.num_workers is not None and self.executor == "inline":
-            raise ValueError('`num_workers` must be left out with the executor "inline": it would have no effect.')
+        for name in ("num_workers", "worker_deadline_seconds"):
+            if getattr(self, name) is not None and self.executor == "inline":
+                raise ValueError(f'`{name}` must be left out with the executor "inline": it would have no effect.')
         return self
 
 

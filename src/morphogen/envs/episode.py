@@ -286,13 +286,13 @@ class Episode:
     def _evaluating(self) -> Generator[None]:
         """Within the block the model is in eval mode."""
         modules = self._structure().modules
-        for module in modules:
-            module.training = False
+        for module in modules:  # modules look through their tables at each assignment: five times as slow
+            vars(module)["training"] = False
         try:
             yield
         finally:
             for module in modules:
-                module.training = True
+                vars(module)["training"] = True
 
     def _structure(self) -> Structure:
         """Return the structure of the model, looked at anew where a seed has come or gone."""

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from morphogen import tasks
 from morphogen.envs.config import GrowthEnvConfig, check_task
+from morphogen.envs.debug import DebugStatistics
 from morphogen.envs.episode import menu_of
 from morphogen.envs.executors import make_executor
 from morphogen.envs.executors.base import Beginning
@@ -183,6 +184,18 @@ class GrowthVectorEnv(VectorEnv[Floats, NDArray[np.int64], Any]):
         self._seeds = list(state["seeds"])
         self._returns_N = np.array(state["returns"])
         self._rewards.load_state_dict(state["rewards"])
+
+    def debug_statistics(self) -> list[DebugStatistics]:
+        """Return for each network the norm of every parameter and of its gradient in the last training step.
+
+        Where an episode has just begun there are no gradients yet. It costs a batched reduction for each network, and nothing
+        where nobody asks.
+
+        Raises:
+            ValueError: Nothing was reset, or the last step did not come to its end.
+        """
+        self._check_fit("debug_statistics")
+        return self._executor.debug()
 
     def close_extras(self, **kwargs: Any) -> None:
         """End the workers."""

@@ -128,10 +128,10 @@ def environment(config: EvaluateConfig, policy: LearnedPolicy) -> GrowthEnvConfi
     On another task than that of training, slots and length are those of the task.
     """
     given = {"total_steps": config.total_steps, "tick_steps": config.tick_steps}
-    where = {"executor": config.executor, "num_workers": config.num_workers, "device": config.device}
+    where: dict[str, Any] = {"executor": config.executor, "num_workers": config.num_workers, "device": config.device}
     changed = {name: value for name, value in given.items() if value is not None}
     own = policy.on(config.task or policy.origin.task).origin.env
-    return own.replace(measure_test=True, **where, **changed)
+    return own.replace(measure_test=True, worker_deadline_seconds=None, **where, **changed)
 
 
 class _Job:

@@ -103,6 +103,22 @@ def test_a_worker_killed_within_a_step_is_replaced_and_no_bit_differs(
     assert_same(same.play(3), game.play(3))
 
 
+def test_a_worker_that_hangs_past_its_deadline_is_replaced_and_no_bit_differs(
+    game_on: Any, begin: Any, assert_same: Any
+) -> None:
+    env = _made(worker_deadline_seconds=30.0)
+    game, same = game_on(env), begin(3)
+    assert_same(same.play(1), game.play(1))
+    executor = env._executor  # pyright: ignore[reportPrivateUsage]
+    executor._config = executor._config.replace(worker_deadline_seconds=3.0)  # a start takes longer on a busy machine
+    pid = _workers(env)[0]
+    os.kill(pid, signal.SIGSTOP)
+    threading.Timer(3.5, lambda: setattr(executor, "_config", env.config)).start()
+    assert_same(same.play(2), game.play(2))
+    assert _workers(env)[0] != pid
+    env.close()
+
+
 @pytest.mark.slow
 def test_a_worker_killed_while_it_trains_is_replaced_and_no_bit_differs(game_on: Any, begin: Any, assert_same: Any) -> None:
     long = {"total_steps": 400, "tick_steps": 100}

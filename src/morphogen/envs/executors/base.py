@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from morphogen.envs.config import GrowthEnvConfig
+from morphogen.envs.debug import DebugStatistics, debug_statistics
 from morphogen.envs.episode import Episode
 from morphogen.envs.frames import Frames
 from morphogen.errors import EnvironmentFault, EpisodeFailed, TrainingCollapsed
@@ -85,6 +86,10 @@ class Executor(Protocol):
         """Put every environment to its state, and write ``now``."""
         ...
 
+    def debug(self) -> list[DebugStatistics]:
+        """Return what the parameters and gradients of every environment look like."""
+        ...
+
     def close(self) -> None:
         """Give back what is held; twice does no harm."""
         ...
@@ -147,6 +152,10 @@ class Rows:
     def read(self, row: int) -> dict[str, Any]:
         """Return the state of one environment as plain data."""
         return self._episodes[row].state_dict()
+
+    def debug(self, row: int) -> DebugStatistics:
+        """Return what the parameters and gradients of one environment look like."""
+        return debug_statistics(self._episodes[row].model)
 
     def put(self, row: int, state: dict[str, Any]) -> None:
         """Put one environment to a state."""

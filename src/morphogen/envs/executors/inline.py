@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from morphogen.envs.config import GrowthEnvConfig
+from morphogen.envs.debug import DebugStatistics
 from morphogen.envs.executors.base import Beginning, Rows, loaded_once
 from morphogen.envs.frames import Frames
 from morphogen.tasks import Task
@@ -48,6 +49,10 @@ class InlineExecutor:
         with one_thread():
             for row, own in enumerate(state):
                 self._rows.put(row, own)
+
+    def debug(self) -> list[DebugStatistics]:
+        """Return what the parameters and gradients of every environment look like."""
+        return [self._rows.debug(row) for row in range(self.now.num_envs)]
 
     def close(self) -> None:
         """Hold nothing any more."""

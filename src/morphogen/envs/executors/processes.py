@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from morphogen import tasks
 from morphogen.envs.config import GrowthEnvConfig
+from morphogen.envs.debug import DebugStatistics
 from morphogen.envs.executors.base import Beginning, Ended
 from morphogen.envs.executors.shared import SharedData, SharedFrames
 from morphogen.envs.executors.worker import READY, Answer, Assignment, Command, Message, Past, work
@@ -33,8 +34,8 @@ class ProcessesExecutor:
     Workers are spawned, never forked, when they are first needed. They write their rows of the frames into shared memory; the
     data of a task is there too, once for all, unless it is tokens, which workers map or load themselves.
 
-    A worker that dies is replaced. The new one brings each of its environments to where it was, exactly, by playing the actions
-    of its present episode again, and goes on.
+    A worker that dies is replaced, as is one that does not answer within ``worker_deadline_seconds``. The new one brings each
+    of its environments to where it was, exactly, by playing the actions of its present episode again, and goes on.
 
     Args:
         task: One of the registry.
@@ -81,8 +82,11 @@ class ProcessesExecutor:
 
     def state_dict(self) -> list[dict[str, Any]]:
         """Return the state of every environment."""
-        answers = self._command("read", dict.fromkeys(range(self.now.num_envs)))
-        return [answers[row] for row in range(self.now.num_envs)]
+        return self._asked("read")
+
+    def debug(self) -> list[DebugStatistics]:
+        """Return what the parameters and gradients of every environment look like."""
+        return self._asked("debug")
 
     def load_state_dict(self, state: Sequence[dict[str, Any]]) -> None:
         """Put every environment to its state."""
@@ -101,6 +105,10 @@ class ProcessesExecutor:
     def _go_to(self, pasts: dict[int, Past]) -> None:
         self._pasts |= pasts
         self._command("go_to", pasts)
+
+    def _asked(self, command: Command) -> list[Any]:
+        answers = self._command(command, dict.fromkeys(range(self.now.num_envs)))
+        return [answers[row] for row in range(self.now.num_envs)]
 
     def _command(self, command: Command, orders: Mapping[int, Any]) -> dict[int, Any]:
         """Give each worker its part of the orders, and return all answers."""
@@ -125,7 +133,7 @@ class ProcessesExecutor:
         if command != "go_to":
             again.insert(0, ("go_to", worker.part_of(self._pasts)))
         for _ in range(_MAX_DEATHS):
-            answer = worker.receive()
+            answer = worker.receive(self._config.worker_deadline_seconds)
             if answer is not None:
                 return answer
             code = worker.end()
@@ -133,7 +141,7 @@ class ProcessesExecutor:
                 raise _could_not_start(worker.rows)
             self._workers[place] = worker = _Worker(self._assigned(), worker.rows)
             worker.send(again)
-        answer = worker.receive()
+        answer = worker.receive(self._config.worker_deadline_seconds)
         if answer is None:
             raise _died(worker.rows, command, worker.end())
         return answer
@@ -176,16 +184,22 @@ class _Worker:
         with contextlib.suppress(OSError):
             self._pipe.send(message)
 
-    def receive(self) -> Answer | None:
-        """Wait for the answer to what was sent; None if the process is dead."""
+    def receive(self, deadline_seconds: float | None) -> Answer | None:
+        """Wait for the answer to what was sent; None if the process is dead, or was killed after the deadline."""
         try:
-            answer = self._pipe.recv()
+            answer = self._received(deadline_seconds)
             if answer == READY:
                 self.was_ready = True
-                answer = self._pipe.recv()
+                answer = self._received(deadline_seconds)
         except (EOFError, OSError):
             return None
         return answer
+
+    def _received(self, deadline_seconds: float | None) -> Any:
+        if not self._pipe.poll(deadline_seconds):
+            self._process.kill()
+            raise TimeoutError
+        return self._pipe.recv()
 
     def stop(self) -> None:
         """Tell it to end, at once: it has nothing to put away."""

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from morphogen import tasks
 from morphogen.envs.config import GrowthEnvConfig
+from morphogen.envs.debug import DebugStatistics
 from morphogen.envs.executors.base import Beginning, Ended, Rows, loaded_once
 from morphogen.envs.executors.shared import SharedData, SharedFrames
 from morphogen.errors import CheckpointError, EnvironmentFault, EpisodeFailed, MorphogenError, SlotError
@@ -91,7 +92,7 @@ class Failure:
         return known[self.kind](self.message) if self.kind in known else MorphogenError(f"{self.kind}: {self.message}")
 
 
-Command = Literal["go_to", "step", "read"]
+Command = Literal["go_to", "step", "read", "debug"]
 Message = list[tuple[Command, dict[int, Any]]]
 Answer = tuple[Failure | None, dict[int, Any]]
 
@@ -138,4 +139,13 @@ def _read(rows: Rows, row: int, order: None) -> dict[str, Any]:
     return rows.read(row)
 
 
-_COMMANDS: Mapping[Command, Callable[[Rows, int, Any], Any]] = {"go_to": _go_to, "step": Rows.step, "read": _read}
+def _debug(rows: Rows, row: int, order: None) -> DebugStatistics:
+    return rows.debug(row)
+
+
+_COMMANDS: Mapping[Command, Callable[[Rows, int, Any], Any]] = {
+    "go_to": _go_to,
+    "step": Rows.step,
+    "read": _read,
+    "debug": _debug,
+}
