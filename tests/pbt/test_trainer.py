@@ -111,6 +111,7 @@ def test_a_process_that_dies_is_replaced_and_the_others_go_on(settings: Settings
     assert all(math.isfinite(report.score) for report in result.reports if report.interval == 4)
 
 
+@pytest.mark.slow  # on every engine it is checked by the conformance suite, and the clock below
 def test_a_member_that_hangs_past_the_deadline_is_given_up(settings: Settings) -> None:
     config = settings(straggler_deadline=2.0)
     result = PopulationTrainer(with_trouble(m2="hangs"), config, "processes", options=PROCESSES).run()

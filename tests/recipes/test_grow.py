@@ -142,10 +142,15 @@ def test_the_program_equals_the_model_it_came_from(finished: GrowResult) -> None
     assert [entry["max_abs_difference"] for entry in networks.values()] == [0.0, 0.0]
 
 
-@pytest.mark.parametrize("act", [interrupt, cut_power])
-@pytest.mark.parametrize("tick", [5, 15, 27])
+@pytest.mark.parametrize(
+    ("tick", "act"),
+    [
+        *((5, interrupt), (15, cut_power), (27, interrupt)),
+        *(pytest.param(tick, act, marks=pytest.mark.slow) for tick, act in ((5, cut_power), (15, interrupt), (27, cut_power))),
+    ],
+)
 def test_a_stopped_job_goes_on_bit_identically(
-    act: Callable[[], None], tick: int, tmp_path: Path, small_config: Small, whole: GrowResult
+    tick: int, act: Callable[[], None], tmp_path: Path, small_config: Small, whole: GrowResult
 ) -> None:
     out = tmp_path / "run"
     if act is interrupt:
