@@ -265,6 +265,21 @@ def test_a_job_goes_on_with_another_engine_but_with_no_other_config(tmp_path: Pa
     assert tables_of(out) == tables_of(whole.directory)
 
 
+@pytest.mark.parametrize("cut", [3, 7, 11, 14])
+def test_an_asynchronous_job_goes_on_with_a_log_that_says_everything_once(tmp_path: Path, cut: int) -> None:
+    out, apart = tmp_path / "run", SMALL.replace(pbt={**POPULATION, "synchronous": False})
+    with pytest.raises(PowerCut):
+        train_population(apart, out, sinks=(At("MemberReported", cut, cut_power),))
+    assert resume_population(out).finished
+    records = read_records(out / "events.jsonl").records
+    reported = sorted((r["member"], r["interval"]) for r in records if r["event"] == "MemberReported")
+    assert reported == [(member, interval + 1) for member in range(MEMBERS) for interval in range(INTERVALS)]
+    reports, exploits = tables_of(out)
+    assert sorted((each.member, each.interval) for each in reports) == reported
+    said = sorted((r["event_number"], r["member"], r["source"]) for r in records if r["event"] == "MemberExploited")
+    assert said == sorted((each.event, each.member, each.source) for each in exploits)
+
+
 def test_a_finished_job_goes_on_for_longer_where_it_is_asked_to(tmp_path: Path, whole: PBTJobResult) -> None:
     out = tmp_path / "run"
     assert train_population(SMALL, out).finished

@@ -21,12 +21,16 @@ def cut_back(log: Path, reports: Sequence[MemberReport], exploits: Sequence[Expl
         log: The event log; it is replaced whole or not at all.
         reports: Those that the directory holds.
         exploits: Likewise.
-        synchronous: A synchronous run also decides again what it decided last.
+        synchronous: Everybody goes back to the interval that all have behind them, and not each to its own last one. What was
+            decided after that is decided again.
     """
     known = {(report.member, report.interval) for report in reports}
-    members = {report.member for report in reports}
-    together = min((max(r.interval for r in reports if r.member == member) for member in members), default=0)
-    done = {(exploit.event, exploit.member) for exploit in exploits if not synchronous or exploit.interval < together}
+    latest: dict[int, int] = {}
+    for report in reports:
+        latest[report.member] = max(report.interval, latest.get(report.member, 0))
+    if synchronous:
+        latest = dict.fromkeys(latest, min(latest.values(), default=0))
+    done = {(exploit.event, exploit.member) for exploit in exploits if exploit.interval < latest.get(exploit.member, 0)}
     records = read_records(log).records
     decided = max((place for place, record in enumerate(records) if _is_decided(record, done)), default=-1)
     lines = [
