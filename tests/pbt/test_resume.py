@@ -21,6 +21,7 @@ from morphogen.errors import MorphogenError
 from morphogen.pbt import PBTConfig, PopulationResult, PopulationTrainer
 from morphogen.pbt.events import MemberExploited, MemberLost, MemberReported, PopulationReconfigured
 from morphogen.pbt.snapshots import SUFFIX
+from morphogen.pbt.store import Store
 from morphogen.telemetry.events import Event
 from morphogen.testing.engine_members import troubled_member
 
@@ -225,6 +226,17 @@ def test_a_change_that_was_asked_for_is_made_and_said(settings: Settings, facts_
     said = [event for event in events if isinstance(event, PopulationReconfigured)]
     assert [event.changes for event in said] == [("total_steps: 12 -> 21",)] and said[0].config["total_steps"] == 21
     assert facts_of(PopulationTrainer(troubled_member, longer, directory=path).run()) == facts_of(uninterrupted)
+
+
+def test_what_is_decided_again_is_decided_by_the_new_settings(settings: Settings, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    with pytest.raises(PowerCut):
+        PopulationTrainer(troubled_member, settings(), directory=path, emit=cut_at(8)).run()
+    with Store(path) as store:
+        assert [exploit.interval for exploit in store.exploits()] == [1]
+    PopulationTrainer(troubled_member, settings(min_gap=1e9), directory=path, accept_changes=True).run()
+    with Store(path) as store:
+        assert store.exploits() == []
 
 
 def test_what_members_were_trained_with_cannot_change_whoever_asks(settings: Settings, tmp_path: Path) -> None:
