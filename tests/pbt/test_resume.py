@@ -24,12 +24,9 @@ from morphogen.pbt.snapshots import SUFFIX
 from morphogen.pbt.store import Store
 from morphogen.telemetry.events import Event
 from morphogen.testing.engine_members import troubled_member
+from morphogen.testing.interruptions import PowerCut
 
 Settings = Callable[..., PBTConfig]
-
-
-class PowerCut(BaseException):
-    """Ends a run as far as it can tell: nothing in it catches this."""
 
 
 def cut_at(number: int) -> Callable[[Event], None]:
@@ -132,6 +129,7 @@ import resource, sys
 from morphogen.errors import MorphogenError
 from morphogen.pbt import PBTConfig, PopulationTrainer
 from morphogen.testing.engine_members import troubled_member
+from morphogen.testing.interruptions import PowerCut
 largest = int(sys.argv[3])
 if largest:
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))

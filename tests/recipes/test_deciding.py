@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +20,9 @@ from morphogen.recipes.config import GrowConfig
 from morphogen.recipes.grow import GrowResult, check, grow, resume
 from morphogen.recipes.policy_file import load_policy
 from morphogen.state import RandomStreams
-from morphogen.telemetry.events import Event, Json, discard
+from morphogen.telemetry.events import Event, discard
 from morphogen.telemetry.jsonl import read_records
+from morphogen.testing.interruptions import At, PowerCut, cut_power
 
 STEPS, TICK_STEPS = 20, 2
 
@@ -86,30 +86,6 @@ def test_it_sees_and_does_in_the_job_what_it_sees_and_does_in_the_environment(sm
         np.testing.assert_allclose(seen, expected, atol=1e-3)  # AdamW is fused in one of the two
 
 
-class At:
-    """A sink that acts once, at the n-th tick it sees."""
-
-    def __init__(self, tick: int, act: Callable[[], object]) -> None:
-        self._left, self._act = tick, act
-
-    def write(self, record: Mapping[str, Json]) -> None:
-        if record["event"] == "TickMeasured":
-            self._left -= 1
-            if self._left == 0:
-                self._act()
-
-    def close(self) -> None:
-        pass
-
-
-class PowerCut(BaseException):
-    """Ends the process as far as the job can tell: nothing in it catches this."""
-
-
-def cut_power() -> None:
-    raise PowerCut
-
-
 def comparable(result: GrowResult) -> list[dict[str, object]]:
     return [{**dataclasses.asdict(arm), "wall_seconds": 0} for arm in result.results]
 
@@ -136,7 +112,7 @@ def test_a_trained_policy_grows_and_exports_a_network(finished: GrowResult, smal
 def test_a_killed_run_goes_on_bit_identically(finished: GrowResult, small_policy: Path, tmp_path: Path, tick: int) -> None:
     copy = shutil.copyfile(small_policy, tmp_path / "policy.safetensors")
     with pytest.raises(PowerCut):
-        grow(config_of(copy), tmp_path / "run", sinks=(At(tick, cut_power),))
+        grow(config_of(copy), tmp_path / "run", sinks=(At("TickMeasured", tick, cut_power),))
     copy.unlink()  # what was begun is what is resumed
     result = resume(tmp_path / "run")
     assert comparable(result) == comparable(finished)

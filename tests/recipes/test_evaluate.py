@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import signal
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +17,8 @@ from morphogen.errors import CheckpointError, MorphogenError
 from morphogen.recipes.evaluate import EvaluateResult, evaluate, resume_evaluation
 from morphogen.recipes.evaluate_config import FIRST_HELD_OUT_SEED, EvaluateConfig
 from morphogen.rl import PPO, PPOConfig
-from morphogen.telemetry.events import Json
 from morphogen.telemetry.jsonl import read_records
+from morphogen.testing.interruptions import At, PowerCut, cut_power, interrupt
 
 
 def config_of(file: Path, **changes: Any) -> EvaluateConfig:
@@ -37,30 +34,6 @@ def log_of(directory: Path) -> list[dict[str, Any]]:
     """The event log without times and paths."""
     records = read_records(directory / "events.jsonl").records
     return [{name: value for name, value in record.items() if name not in ("seconds", "command")} for record in records]
-
-
-class At:
-    """A sink that acts once, at the n-th episode it sees."""
-
-    def __init__(self, episode: int, act: Callable[[], object]) -> None:
-        self._left, self._act = episode, act
-
-    def write(self, record: Mapping[str, Json]) -> None:
-        if record["event"] == "EpisodePlayed":
-            self._left -= 1
-            if self._left == 0:
-                self._act()
-
-    def close(self) -> None:
-        pass
-
-
-class PowerCut(BaseException):
-    """Ends the process as far as the job can tell: nothing in it catches this."""
-
-
-def cut_power() -> None:
-    raise PowerCut
 
 
 def test_every_player_plays_every_held_out_seed_once(finished: EvaluateResult) -> None:
@@ -122,7 +95,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(
 ) -> None:
     path = tmp_path / "run"
     with pytest.raises(PowerCut):
-        evaluate(config_of(small_policy), path, sinks=(At(episode, cut_power),))
+        evaluate(config_of(small_policy), path, sinks=(At("EpisodePlayed", episode, cut_power),))
     result = resume_evaluation(path)
     assert result.finished and result.rows == finished.rows and result.differences == finished.differences
     assert [record for record in log_of(path) if record["event"] == "EpisodePlayed"] == [
@@ -136,7 +109,7 @@ def test_an_interrupted_evaluation_stops_within_the_batch_and_resumes(
     path = tmp_path / "run"
     copy = tmp_path / "policy.safetensors"
     copy.write_bytes(small_policy.read_bytes())
-    result = evaluate(config_of(copy), path, sinks=(At(4, _interrupt),))
+    result = evaluate(config_of(copy), path, sinks=(At("EpisodePlayed", 4, interrupt),))
     assert not result.finished and len(result.played) == 4 and result.rows == () and result.sentences == ()
     copy.unlink()  # what was begun is what is resumed
     again = resume_evaluation(path)
@@ -146,12 +119,8 @@ def test_an_interrupted_evaluation_stops_within_the_batch_and_resumes(
     assert (path / "events.jsonl").read_bytes() == before
 
 
-def _interrupt() -> None:
-    os.kill(os.getpid(), signal.SIGINT)
-
-
 def test_an_unfinished_evaluation_has_a_report_without_a_verdict(small_policy: Path, tmp_path: Path) -> None:
-    evaluate(config_of(small_policy, against=("wait",)), tmp_path / "run", sinks=(At(1, _interrupt),))
+    evaluate(config_of(small_policy, against=("wait",)), tmp_path / "run", sinks=(At("EpisodePlayed", 1, interrupt),))
     page = (tmp_path / "run" / "report.html").read_text()
     assert "not finished: 2 of 6 episodes" in page and "No verdict yet" in page
 

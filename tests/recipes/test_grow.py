@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,8 +17,9 @@ from morphogen.errors import MorphogenError
 from morphogen.recipes.arm import ArmRun
 from morphogen.recipes.config import GrowConfig
 from morphogen.recipes.grow import GrowResult, check, grow, resume
-from morphogen.telemetry.events import Event, Json, discard
+from morphogen.telemetry.events import Event, discard
 from morphogen.telemetry.jsonl import read_records
+from morphogen.testing.interruptions import At, PowerCut, cut_power, interrupt
 
 Small = Callable[..., GrowConfig]
 
@@ -35,34 +34,6 @@ def log_of(directory: Path) -> list[dict[str, object]]:
     dropped = ("seconds", "wall_seconds", "command", "rows")
     records = read_records(directory / "events.jsonl").records
     return [{name: value for name, value in record.items() if name not in dropped} for record in records]
-
-
-class At:
-    """A sink that acts once, at the n-th tick it sees."""
-
-    def __init__(self, tick: int, act: Callable[[], object]) -> None:
-        self._left, self._act = tick, act
-
-    def write(self, record: Mapping[str, Json]) -> None:
-        if record["event"] == "TickMeasured":
-            self._left -= 1
-            if self._left == 0:
-                self._act()
-
-    def close(self) -> None:
-        pass
-
-
-class PowerCut(BaseException):
-    """Ends the process as far as the job can tell: nothing in it catches this."""
-
-
-def cut_power() -> None:
-    raise PowerCut
-
-
-def interrupt() -> None:
-    os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_every_promised_file_is_there_and_complete(finished: GrowResult) -> None:
@@ -154,11 +125,11 @@ def test_a_stopped_job_goes_on_bit_identically(
 ) -> None:
     out = tmp_path / "run"
     if act is interrupt:
-        stopped = grow(small_config(inject=("spike@120",)), out, sinks=(At(tick, act),))
+        stopped = grow(small_config(inject=("spike@120",)), out, sinks=(At("TickMeasured", tick, act),))
         assert not stopped.finished
     else:
         with pytest.raises(PowerCut):
-            grow(small_config(inject=("spike@120",)), out, sinks=(At(tick, act),))
+            grow(small_config(inject=("spike@120",)), out, sinks=(At("TickMeasured", tick, act),))
     result = resume(out)
     assert result.finished
     assert comparable(result) == comparable(whole)
@@ -181,7 +152,7 @@ def test_resuming_a_finished_job_changes_nothing(whole: GrowResult) -> None:
 
 def test_a_damaged_checkpoint_is_refused_and_nothing_is_lost(tmp_path: Path, small_config: Small) -> None:
     out = tmp_path / "run"
-    grow(small_config(), out, sinks=(At(25, interrupt),))
+    grow(small_config(), out, sinks=(At("TickMeasured", 25, interrupt),))
     [data] = (out / "checkpoints").rglob("run/model-*.safetensors")
     content = data.read_bytes()
     data.write_bytes(content[:-1])

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import pickle
 import shutil
-import signal
 import sqlite3
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,7 @@ from morphogen.recipes.policy_file import FILE_NAME, load_policy
 from morphogen.rl.ppo import PPO
 from morphogen.telemetry.events import Json
 from morphogen.telemetry.jsonl import read_records
+from morphogen.testing.interruptions import At, PowerCut, cut_power, interrupt, terminate
 
 MEMBERS, INTERVALS, INTERVAL_STEPS = 4, 4, 64
 AGENT = {"num_envs": 2, "rollout_steps": 32, "minibatch_size": 32, "epochs": 1}
@@ -50,38 +49,6 @@ GROWTH = PBTJobConfig(
     ppo={"num_envs": 1, "epochs": 1, "policy": {"memory_width": 8, "hidden": [8]}},  # pyright: ignore[reportArgumentType]
     pbt={**POPULATION, "population_size": 2, "truncation_ratio": 0.5, "total_steps": 8, "perturbation_interval": 4},  # pyright: ignore[reportArgumentType]
 )
-
-
-class At:
-    """A sink that acts once, at the n-th record of a kind."""
-
-    def __init__(self, kind: str, number: int, act: Callable[[], object]) -> None:
-        self._kind, self._left, self._act = kind, number, act
-
-    def write(self, record: Mapping[str, Json]) -> None:
-        if record["event"] == self._kind:
-            self._left -= 1
-            if self._left == 0:
-                self._act()
-
-    def close(self) -> None:
-        pass
-
-
-class PowerCut(BaseException):
-    """Ends the process as far as the job can tell: nothing in it catches this."""
-
-
-def cut_power() -> None:
-    raise PowerCut
-
-
-def interrupt() -> None:
-    os.kill(os.getpid(), signal.SIGINT)
-
-
-def terminate() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def log_of(directory: Path) -> list[dict[str, Any]]:

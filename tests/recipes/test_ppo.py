@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,8 @@ from morphogen.recipes.run_directory import RunDirectory
 from morphogen.rl.config import PPOConfig
 from morphogen.rl.policy import PolicyConfig
 from morphogen.rl.ppo import PPO
-from morphogen.telemetry.events import Json
 from morphogen.telemetry.jsonl import read_records
+from morphogen.testing.interruptions import At, PowerCut, cut_power, interrupt, terminate
 
 UPDATES = 8
 STEPS_PER_UPDATE = 64
@@ -45,38 +45,6 @@ SMALL = PPOJobConfig(
     checkpoint_every_updates=3,
     ppo=SCHEDULED,
 )
-
-
-class At:
-    """A sink that acts once, at the n-th update it sees."""
-
-    def __init__(self, update: int, act: Callable[[], object]) -> None:
-        self._left, self._act = update, act
-
-    def write(self, record: Mapping[str, Json]) -> None:
-        if record["event"] == "Updated":
-            self._left -= 1
-            if self._left == 0:
-                self._act()
-
-    def close(self) -> None:
-        pass
-
-
-class PowerCut(BaseException):
-    """Ends the process as far as the job can tell: nothing in it catches this."""
-
-
-def cut_power() -> None:
-    raise PowerCut
-
-
-def interrupt() -> None:
-    os.kill(os.getpid(), signal.SIGINT)
-
-
-def terminate() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def log_of(directory: Path) -> list[dict[str, object]]:
@@ -184,9 +152,9 @@ def test_a_stopped_job_goes_on_bit_identically(act: Callable[[], None], update: 
     out = tmp_path / "run"
     if act is cut_power:
         with pytest.raises(PowerCut):
-            train_ppo(SMALL, out, sinks=(At(update, act),))
+            train_ppo(SMALL, out, sinks=(At("Updated", update, act),))
     else:
-        stopped = train_ppo(SMALL, out, sinks=(At(update, act),))
+        stopped = train_ppo(SMALL, out, sinks=(At("Updated", update, act),))
         assert not stopped.finished and stopped.evaluation is None
         assert stopped.num_steps == update * STEPS_PER_UPDATE, "it goes no further than the update under way"
         [checkpoint] = (out / "checkpoints").glob("*/")
@@ -230,7 +198,7 @@ def test_resuming_a_finished_job_changes_nothing(whole: PPOResult) -> None:
 
 def test_a_damaged_checkpoint_is_refused_and_nothing_is_lost(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    train_ppo(SMALL, out, sinks=(At(5, interrupt),))
+    train_ppo(SMALL, out, sinks=(At("Updated", 5, interrupt),))
     [data] = (out / "checkpoints").rglob("model-*.safetensors")
     content, log = data.read_bytes(), (out / "events.jsonl").read_bytes()
     data.write_bytes(content[:-1])
@@ -245,7 +213,7 @@ def test_the_arguments_of_the_environments_reach_them_all(tmp_path: Path) -> Non
     config = SMALL.replace(env="Pendulum-v1", env_kwargs={"g": 1.0, "max_episode_steps": 20}, total_steps=64, ppo=AGENT)
     result = train_ppo(config, tmp_path / "run")
     assert result.evaluation is not None and set(result.evaluation.lengths) == {20}
-    stopped = train_ppo(config.replace(total_steps=256), tmp_path / "other", sinks=(At(2, interrupt),))
+    stopped = train_ppo(config.replace(total_steps=256), tmp_path / "other", sinks=(At("Updated", 2, interrupt),))
     assert resume_ppo(stopped.directory).finished
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,8 @@ from morphogen.recipes.run_directory import RunDirectory
 from morphogen.recipes.train import TrainResult, resume_train, train
 from morphogen.recipes.train_config import AGENT, TrainConfig
 from morphogen.rl.ppo import PPO
-from morphogen.telemetry.events import Json
 from morphogen.telemetry.jsonl import read_records
+from morphogen.testing.interruptions import At, PowerCut, cut_power, interrupt, terminate
 
 NUM_ENVS, ROLLOUT_STEPS, UPDATES = 2, 3, 6
 SMALL = TrainConfig(
@@ -39,38 +38,6 @@ SMALL = TrainConfig(
     # Rollouts end within episodes, so that checkpoints find networks half grown.
     ppo=AGENT.replace(num_envs=NUM_ENVS, rollout_steps=ROLLOUT_STEPS, epochs=2, normalize_observations=True, seed=3),
 )
-
-
-class At:
-    """A sink that acts once, at the n-th update it sees."""
-
-    def __init__(self, update: int, act: Callable[[], object]) -> None:
-        self._left, self._act = update, act
-
-    def write(self, record: Mapping[str, Json]) -> None:
-        if record["event"] == "Updated":
-            self._left -= 1
-            if self._left == 0:
-                self._act()
-
-    def close(self) -> None:
-        pass
-
-
-class PowerCut(BaseException):
-    """Ends the process as far as the job can tell: nothing in it catches this."""
-
-
-def cut_power() -> None:
-    raise PowerCut
-
-
-def interrupt() -> None:
-    os.kill(os.getpid(), signal.SIGINT)
-
-
-def terminate() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def log_of(directory: Path) -> list[dict[str, Any]]:
@@ -138,7 +105,7 @@ def test_the_agent_is_told_of_the_same_returns(whole: TrainResult) -> None:
 
 
 def test_the_policy_is_that_of_the_agent(whole: TrainResult, tmp_path: Path) -> None:
-    stopped = train(SMALL, tmp_path / "run", sinks=(At(UPDATES, interrupt),))
+    stopped = train(SMALL, tmp_path / "run", sinks=(At("Updated", UPDATES, interrupt),))
     [checkpoint] = (stopped.directory / "checkpoints").glob("*/")
     with_env = RecordedGrowth(SMALL.task, NUM_ENVS, config=SMALL.env)
     agent = PPO.load(checkpoint, with_env)
@@ -160,9 +127,9 @@ def test_a_stopped_job_goes_on_bit_identically(
     out = tmp_path / "run"
     if act is cut_power:
         with pytest.raises(PowerCut):
-            train(SMALL, out, sinks=(At(update, act),))
+            train(SMALL, out, sinks=(At("Updated", update, act),))
     else:
-        stopped = train(SMALL, out, sinks=(At(update, act),))
+        stopped = train(SMALL, out, sinks=(At("Updated", update, act),))
         assert not stopped.finished and stopped.recent is None
         [checkpoint] = (out / "checkpoints").glob("*/")
         assert checkpoint.name == f"step-{stopped.num_steps}", "nothing of it is done again"
@@ -226,7 +193,7 @@ def test_watching_changes_nothing(whole: TrainResult, tmp_path: Path) -> None:
         raise OSError("no space left")
 
     with pytest.warns(RuntimeWarning, match="At failed"):
-        result = train(SMALL, tmp_path / "run", sinks=(At(2, fail),))
+        result = train(SMALL, tmp_path / "run", sinks=(At("Updated", 2, fail),))
     assert result.lost_sinks == ("At",)
     assert (result.directory / FILE_NAME).read_bytes() == (whole.directory / FILE_NAME).read_bytes()
 
@@ -292,7 +259,7 @@ def test_it_starts_from_a_policy_and_goes_on_from_it_after_a_cut(whole: TrainRes
     for name, tensor in load_policy(given).weights().items():
         torch.testing.assert_close(load_policy(result.directory).weights()[name], tensor, rtol=0, atol=1e-8)
     with pytest.raises(PowerCut):
-        train(config, tmp_path / "cut", sinks=(At(1, cut_power),))  # before the first checkpoint
+        train(config, tmp_path / "cut", sinks=(At("Updated", 1, cut_power),))  # before the first checkpoint
     given.unlink()  # the run has its own
     resume_train(tmp_path / "cut")
     assert_same(tmp_path / "cut", result)
