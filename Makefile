@@ -14,7 +14,7 @@ pytest := OMP_NUM_THREADS=1 $(python) -m pytest
 .PHONY: help demo test test-all test-gpu gates lint format-check types layers tail format bench clean
 
 help:
-	@echo 'make demo      train a policy that decides about growth for two minutes, compare it, grow one network with it'
+	@echo 'make demo      train a policy that decides about growth a little further, compare it, grow one network with it'
 	@echo 'make test      the tests but the slow ones'
 	@echo 'make test-all  the slow ones as well'
 	@echo 'make test-gpu  the ones that need a CUDA device'
@@ -25,7 +25,8 @@ help:
 
 demo: out := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 demo: $(runtime)
-	$(bin)/morphogen train --task digits --executor processes --steps 2304 --out $(out)/train
+	$(bin)/morphogen train --task digits --from digits --executor processes --steps 1152 \
+	  --set 'ppo.learning_rate={kind: linear, start: 0.0002, end: 0.0}' --out $(out)/train
 	$(bin)/morphogen evaluate $(out)/train --executor processes --episodes 6 --out $(out)/evaluation
 	$(bin)/morphogen grow --task digits --policy $(out)/train --repeats 1 --out $(out)/network
 
