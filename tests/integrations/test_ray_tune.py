@@ -208,7 +208,8 @@ def test_population_based_training_by_tune(tmp_path: Path, monkeypatch: pytest.M
         ray.shutdown()
     assert not results.errors
     histories = [result.metrics_dataframe for result in results]
-    assert all(len(history) >= 3 for history in histories)
+    # Tune counts the iterations of whoever was taken over: a trial may go from its first to its third.
+    assert all(history["training_iteration"].iloc[-1] == 3 for history in histories)
     for history in histories:
         assert (history["live_rate"] == history["config/learning_rate"]).all()
         assert (history["live_dropout"] == history["config/dropout"]).all()
