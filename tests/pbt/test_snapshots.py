@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from morphogen.errors import CheckpointError
 from morphogen.pbt.snapshots import _CODES, SUFFIX, from_bytes, read_snapshot, to_bytes, to_chunks, write_snapshot
-from morphogen.state import Snapshot, TrainingState
+from morphogen.state import Snapshot, TrainingState, draw_from
 
 ARRAYS = {
     "turned, big-endian": np.arange(6, dtype=">i4").reshape(3, 2).T,
@@ -65,8 +65,8 @@ def test_it_is_a_file_that_others_read() -> None:
 
 def test_a_snapshot_of_a_run_comes_back_and_goes_into_another_run() -> None:
     def state(seed: int) -> TrainingState:
-        torch.manual_seed(seed)
-        model = nn.Linear(2, 2)
+        with draw_from(torch.Generator().manual_seed(seed)):
+            model = nn.Linear(2, 2)
         optimizer = torch.optim.Adam(model.parameters())
         model(torch.ones(1, 2)).sum().backward()
         optimizer.step()

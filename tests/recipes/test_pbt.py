@@ -278,6 +278,14 @@ def test_a_change_is_refused_unless_asked_for(tmp_path: Path, whole: PBTJobResul
     (out / "config.yaml").write_text(yaml.safe_dump({**config, "pbt": {**config["pbt"], "min_gap": 1.0}}))
     with pytest.raises(MorphogenError, match=r"pbt\.min_gap: 0\.0 -> 1\.0\. .*--accept-changes"):
         resume_population(out)
+    log, seed = (out / "events.jsonl").read_bytes(), {**config["pbt"], "seed": 9}
+    written = (out / "config.yaml").read_text()
+    (out / "config.yaml").write_text(yaml.safe_dump({**config, "pbt": seed}))
+    for accept_changes in (False, True):  # this one nobody can ask for, and nothing is touched
+        with pytest.raises(MorphogenError, match=r"pbt\.seed: 0 -> 9\. Put it back, or begin a new run"):
+            resume_population(out, accept_changes=accept_changes)
+        assert (out / "events.jsonl").read_bytes() == log
+    (out / "config.yaml").write_text(written)
     assert resume_population(out, accept_changes=True).finished
     assert resume_population(out).finished
 

@@ -19,7 +19,7 @@ from typing import Any
 from morphogen import tasks
 from morphogen.errors import MorphogenError
 from morphogen.pbt import engines
-from morphogen.pbt.changes import differences
+from morphogen.pbt.changes import differences, fixed_differences
 from morphogen.pbt.engines.base import Engine
 from morphogen.pbt.scheduler import PBTScheduler
 from morphogen.pbt.spaces import Categorical, Ordered
@@ -205,18 +205,22 @@ def _take_up(sitting: _Sitting) -> None:
     """Refuse another config than that of the run, and cut the log back to what the directory holds."""
     config, directory = sitting.config, sitting.directory
     with Store(directory.path) as store:
-        _refuse_changes(sitting, mapping_in(_start_in(directory) or {}, "config"), store.fact("config"))
         reports, exploits = store.reports(), store.exploits()
+        intervals = max((report.interval for report in reports), default=0)
+        _refuse_changes(sitting, mapping_in(_start_in(directory) or {}, "config"), store.fact("config"), intervals)
         cut_back(directory.events, reports, exploits, synchronous=config.pbt.synchronous)
 
 
-def _refuse_changes(sitting: _Sitting, start: Mapping[str, Any], population: Mapping[str, Any] | None) -> None:
+def _refuse_changes(
+    sitting: _Sitting, start: Mapping[str, Any], population: Mapping[str, Any] | None, intervals_done: int
+) -> None:
     """Refuse what cannot change; what can, unless it was asked for. Schedules of the agents may be told in another way.
 
     Args:
         sitting: With the config as it is now.
         start: The config that the job began with.
         population: That of the population when it last went on; None if it never began.
+        intervals_done: How many intervals somebody has behind it.
 
     Raises:
         MorphogenError: Something was changed.
@@ -231,6 +235,8 @@ def _refuse_changes(sitting: _Sitting, start: Mapping[str, Any], population: Map
     then, today = ({name: value for name, value in each.items() if name not in ignored} for each in (before, now))
     changed = differences(then, today)
     fixed = [change for change in changed if not change.startswith("pbt.")]
+    if population is not None:
+        fixed += fixed_differences(population, now["pbt"], intervals_done)
     if not changed:
         return
     again = f"begin a new run with `morphogen pbt --config {where} --out NEW`"
